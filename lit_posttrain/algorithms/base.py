@@ -1,0 +1,341 @@
+"""What every algorithm shares: the policy, one function for one optimizer step, and what a checkpoint holds."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from lit_posttrain import gates, randomness
+from lit_posttrain.batching import idle, to_device
+from lit_posttrain.functional.masked import Totals
+from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
+from lit_posttrain.precision import describe_hardware
+from lit_posttrain.sharding import (
+    all_reduce_max,
+    all_reduce_sum,
+    average_gradients,
+    full_tensor,
+    prime,
+    shard,
+    world_size,
+)
+from lit_posttrain.types import MicroBatch
+
+MOST_BAD_STEPS = 3
+
+
+class Loss(NamedTuple):
+    """One micro-batch's share of the step's loss.
+
+    Attributes:
+        loss: Scalar with gradient; shares add up over micro-batches and ranks.
+        metrics: Detached scalars that add up likewise.
+        extremes: Detached scalars of which the largest counts.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    extremes: dict[str, Tensor] = {}
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did, reduced over micro-batches and ranks.
+
+    Attributes:
+        metrics: Means over the step's tokens or sequences, ``loss`` among them.
+        extremes: Largest values.
+        grad_norm: Norm before clipping.
+        applied: False where the gradient was not finite and the step was left out.
+    """
+
+    metrics: dict[str, float]
+    extremes: dict[str, float]
+    grad_norm: float
+    applied: bool
+
+
+class PostTrainModule(pl.LightningModule, ABC):
+    """Base of all algorithms: a policy, and ``optimize``, which is one optimizer step whatever the layout.
+
+    Args:
+        policy: The network that is trained.
+        optimizer: Gets the trainable parameters.
+        scheduler: Learning-rate schedule, stepped once an iteration.
+        max_grad_norm: Gradients are clipped to this global norm; null leaves them.
+        token_budget: Most tokens, padding included, in one forward pass. Sets memory, never the objective.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
+        scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        token_budget: int = 4096,
+    ):
+        super().__init__()
+        if token_budget < 1:
+            raise ValueError(f"model.init_args.token_budget: must be at least 1, is {token_budget}")
+        if max_grad_norm is not None and max_grad_norm <= 0:
+            raise ValueError(f"model.init_args.max_grad_norm: must be above 0, is {max_grad_norm}; null does not clip")
+        self.automatic_optimization = False
+        self.strict_loading = policy.lora is None
+        self.policy_config = policy
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.max_grad_norm = max_grad_norm
+        self.token_budget = token_budget
+        self.policy: Policy | None = None
+        self.stop: Any = None
+        self.bad_steps = 0
+
+    @abstractmethod
+    def loss(self, batch: MicroBatch, totals: Totals) -> Loss:
+        """The objective on one micro-batch, divided by the counts of the whole optimizer step."""
+
+    # --- building ---------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the policy, and shard it where the strategy does; runs again at every stage, so it builds once."""
+        if self.policy is not None:
+            return
+        self._check_precision()
+        self.tokenizer = load_tokenizer(self.policy_config)
+        policy = Policy(self.policy_config)
+        self.prepare_policy(policy)
+        if self.device_mesh is not None:
+            device = self.trainer.strategy.root_device
+            policy.build_view(device, sharded=True)
+            assert policy.compute_dtype is not None
+            shard(policy, self.device_mesh, policy.compute_dtype, Policy.entry_points)
+        self.policy = policy
+
+    def prepare_policy(self, policy: Policy) -> None:  # noqa: B027
+        """Look at the loaded policy before it is sharded (a reference hashes it, say)."""
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer over the trainable parameters, and the schedule if there is one."""
+        policy = self.built_policy()
+        named = policy.trainable()
+        gates.require_trainable(name for name, _ in named)
+        optimizer = self.make_optimizer([p for _, p in named])
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        gates.require_trainable(name for name, p in named if id(p) in owned)
+        if self.make_scheduler is None:
+            prime(optimizer)
+            return optimizer
+        prime(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+
+    def built_policy(self) -> Policy:
+        """The policy, its compute view made on the device it is on by now."""
+        assert self.policy is not None, "configure_model comes first"
+        if self.policy.compute_dtype is None:
+            self.policy.build_view(self.device, sharded=False)
+        return self.policy
+
+    def _check_precision(self) -> None:
+        precision = str(self.trainer.precision)
+        if precision not in ("32-true", "32"):
+            raise ValueError(
+                f"trainer.precision: must be 32-true, is {precision}; parameters stay fp32, and "
+                "model.init_args.policy.compute_dtype says what forward passes compute in"
+            )
+
+    # --- one optimizer step -----------------------------------------------------------------------------------
+
+    def optimize(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        totals: Totals,
+        loss: Callable[[MicroBatch, Totals], Loss],
+        *,
+        last: bool,
+        idle_columns: dict[str, Tensor],
+    ) -> StepResult:
+        """One optimizer step: forward and backward of each micro-batch, clip, step.
+
+        Args:
+            micro_batches: This rank's share.
+            totals: Counts of the whole step over all ranks, known before the first backward.
+            loss: Called on each micro-batch.
+            last: Ends the iteration: steps through Lightning, whose ``global_step`` counts iterations, and moves the
+                schedule on.
+            idle_columns: What columns an idle micro-batch needs.
+        """
+        wrapper = self.optimizers()
+        assert not isinstance(wrapper, list)
+        raw = wrapper.optimizer
+        raw.zero_grad(set_to_none=True)
+        metrics, extremes = self._accumulate(micro_batches, totals, loss, idle_columns)
+        parameters = [p for group in raw.param_groups for p in group["params"]]
+        for p in parameters:
+            # Left-out groups have a gradient of exactly zero, and momentum must see it.
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            average_gradients(parameters)
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = float(full_tensor(nn.utils.clip_grad_norm_(parameters, limit)))
+        applied = norm == norm and norm != float("inf")
+        self._count_bad_step(applied)
+        if not applied:
+            raw.zero_grad(set_to_none=True)  # the step then moves and decays nothing
+        if last:
+            wrapper.step()
+            self._step_schedule()
+        elif applied:
+            raw.step()
+        self.built_policy().sync()
+        return StepResult(*self._reduce(metrics, extremes), norm, applied)
+
+    def _accumulate(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        totals: Totals,
+        loss: Callable[[MicroBatch, Totals], Loss],
+        idle_columns: dict[str, Tensor],
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        count = all_reduce_max(len(micro_batches), self.device)
+        batches = [*micro_batches, *[idle(idle_columns)] * (count - len(micro_batches))]
+        metrics: dict[str, Tensor] = {}
+        extremes: dict[str, Tensor] = {}
+        model = self.trainer.model
+        # Gradients are averaged by hand after the last backward, so DDP's own reducer stays out of it.
+        unsynced = model.no_sync() if isinstance(self.trainer.strategy, DDPStrategy) else nullcontext()  # pyright: ignore
+        with unsynced:
+            for batch in batches:
+                out = loss(to_device(batch, self.device), totals)
+                # Gradients are averaged over ranks, and the loss is a sum over them.
+                self.manual_backward(out.loss * world_size())
+                for name, value in {"loss": out.loss.detach(), **out.metrics}.items():
+                    metrics[name] = metrics[name] + value if name in metrics else value
+                for name, value in out.extremes.items():
+                    extremes[name] = torch.maximum(extremes[name], value) if name in extremes else value
+                self.advance()
+        return metrics, extremes
+
+    def _reduce(
+        self, metrics: dict[str, Tensor], extremes: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        sums = all_reduce_sum([float(v) for v in metrics.values()], self.device)
+        largest = [float(v) for v in extremes.values()]
+        if world_size() > 1 and largest:
+            tensor = torch.tensor(largest, dtype=torch.float64, device=self.device)
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+            largest = tensor.tolist()
+        return dict(zip(metrics, sums, strict=True)), dict(zip(extremes, largest, strict=True))
+
+    def _step_schedule(self) -> None:
+        schedulers = self.lr_schedulers()
+        if schedulers is not None and not isinstance(schedulers, list):
+            with warnings.catch_warnings():
+                # torch looks for its own step counter on the optimizer, which a skipped step leaves behind.
+                warnings.simplefilter("ignore")
+                schedulers.step()  # pyright: ignore[reportCallIssue]
+
+    def _count_bad_step(self, applied: bool) -> None:
+        self.bad_steps = 0 if applied else self.bad_steps + 1
+        if self.bad_steps >= MOST_BAD_STEPS:
+            raise gates.GateError(
+                f"{MOST_BAD_STEPS} steps in a row had a gradient that is not finite; the last checkpoint is unharmed"
+            )
+        if not applied:
+            warnings.warn("the gradient is not finite: this step is left out", stacklevel=2)
+
+    def learning_rate(self) -> float:
+        """The first parameter group's present rate."""
+        wrapper = self.optimizers()
+        assert not isinstance(wrapper, list)
+        return float(wrapper.optimizer.param_groups[0]["lr"])
+
+    # --- starting, resuming -----------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """Say what was found, and make the compute view of whatever was loaded."""
+        self.announce_hardware()
+        self.built_policy().sync()
+
+    def on_train_start(self) -> None:
+        """Weights of a checkpoint may have arrived after ``on_fit_start``."""
+        self.built_policy().sync()
+
+    def on_validation_start(self) -> None:
+        """A stand-alone validation has no other place to make the view."""
+        self.built_policy().sync()
+
+    def on_test_start(self) -> None:
+        """Likewise."""
+        self.built_policy().sync()
+
+    def on_predict_start(self) -> None:
+        """Likewise."""
+        self.built_policy().sync()
+
+    def announce_hardware(self) -> None:
+        """One line: hardware, precision, number of trained parameters."""
+        policy = self.built_policy()
+        size = sum(p.numel() for _, p in policy.trainable())
+        self.print(f"{describe_hardware(self.device)}; computing in {policy.compute_dtype}; {size:,} trained parameters")
+
+    def counters(self) -> dict[str, Any]:
+        """Everything besides weights, optimizer and schedule that a resume needs; the one place to declare it."""
+        dtype = self.policy.compute_dtype if self.policy is not None else None
+        return {"seed": randomness.run_seed(), "compute_dtype": str(dtype), "bad_steps": self.bad_steps}
+
+    def restore_counters(self, counters: dict[str, Any]) -> None:
+        """Take over what ``counters`` returned.
+
+        Raises:
+            ValueError: The run would go on otherwise than it began.
+        """
+        seed, dtype = randomness.run_seed(), str(self.built_policy().compute_dtype)
+        if counters["seed"] != seed:
+            raise ValueError(f"seed_everything: this run began with {counters['seed']}, not {seed}; use the same to resume")
+        if counters["compute_dtype"] != dtype:
+            raise ValueError(
+                f"model.init_args.policy.compute_dtype: this run began in {counters['compute_dtype']} and would go on in "
+                f"{dtype}; set it to {counters['compute_dtype'].removeprefix('torch.')} to resume"
+            )
+        self.bad_steps = counters["bad_steps"]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counters; with LoRA drop the frozen base, which the model folder holds."""
+        checkpoint["lit_posttrain"] = self.counters()
+        if self.policy_config.lora is not None:
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if "lora_" in k}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the counters until the policy is on its device."""
+        self._loaded_counters = checkpoint["lit_posttrain"]
+
+    # --- progress ---------------------------------------------------------------------------------------------
+
+    def phase(self, name: str, total: int) -> None:
+        """Tell the progress bar what happens now."""
+        bar = self.trainer.progress_bar_callback
+        if bar is not None and hasattr(bar, "phase"):
+            bar.phase(name, total)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def advance(self, n: int = 1) -> None:
+        """Tell the progress bar that ``n`` more units of the phase are done."""
+        bar = self.trainer.progress_bar_callback
+        if bar is not None and hasattr(bar, "advance"):
+            bar.advance(n)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def poll(self) -> None:
+        """Let a requested stop happen here."""
+        if self.stop is not None:
+            self.stop.check()
+
+    def seed_iteration(self) -> None:
+        """Seed the global generators for this iteration and rank; a resume seeds them alike."""
+        randomness.seed_step(randomness.run_seed(), self.trainer.global_step, self.global_rank)
+
+

@@ -1,0 +1,131 @@
+"""What an online iteration is logged as: TRL's GRPO tags, over all ranks, masked and counted."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_posttrain.algorithms.base import StepResult
+from lit_posttrain.rollout.collect import Rollout
+from lit_posttrain.sharding import world_size
+from lit_posttrain.types import MicroBatch
+
+
+def rollout_sums(
+    batch: MicroBatch, log_probs: Tensor, entropy: Tensor | None, first: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sums and largest values over a micro-batch's tokens.
+
+    Args:
+        batch: The rows.
+        log_probs: The trainer's, detached.
+        entropy: Of each scored token.
+        first: Whether the policy is still the one that sampled; only then does the engine have to agree with it.
+    """
+    mask = batch.mask
+    sums = {"scored_fraction": mask.sum().float()}
+    extremes: dict[str, Tensor] = {}
+    if entropy is not None:
+        sums["entropy"] = entropy.where(mask, 0.0).sum()
+    if first:
+        gap = (log_probs - batch.columns["engine_log_probs"]).where(mask, 0.0)
+        ratio = gap.exp()
+        sums["sampling/sampling_logp_difference/mean"] = gap.abs().sum()
+        sums["sampling/importance_sampling_ratio/mean"] = ratio.where(mask, 0.0).sum()
+        extremes["sampling/sampling_logp_difference/max"] = gap.abs().amax()
+        extremes["sampling/importance_sampling_ratio/max"] = ratio.amax()
+        extremes["sampling/importance_sampling_ratio/min"] = -ratio.amin()
+        if "ref_log_probs" in batch.columns:
+            sums["reference_gap"] = (log_probs - batch.columns["ref_log_probs"]).where(mask, 0.0).abs().sum()
+    return sums, extremes
+
+
+def rollout_metrics(
+    rollout: Rollout, group_size: int, results: Sequence[StepResult], device: torch.device
+) -> dict[str, float]:
+    """Tags without their ``train/`` prefix."""
+    return {**_samples(rollout, group_size), **_updates(results)}
+
+
+def _samples(rollout: Rollout, group_size: int) -> dict[str, float]:
+    judgement = rollout.judgement
+    mine = {
+        "rewards": judgement.rewards.tolist(),
+        "valid": judgement.valid.tolist(),
+        "scores": judgement.scores.tolist(),
+        "reasons": judgement.reasons,
+        "lengths": [len(c.token_ids) for c in rollout.completions],
+        "stopped": [c.stop_reason == "stop" for c in rollout.completions],
+        "tokens": int(rollout.sequences.lengths.sum()),
+    }
+    ranks = _gather(mine)
+    rewards = torch.tensor([r for rank in ranks for r in rank["rewards"]], dtype=torch.float64)
+    valid = torch.tensor([v for rank in ranks for v in rank["valid"]], dtype=torch.bool)
+    lengths = torch.tensor([n for rank in ranks for n in rank["lengths"]], dtype=torch.float64)
+    stopped = torch.tensor([s for rank in ranks for s in rank["stopped"]], dtype=torch.bool)
+    stds = [_std(r[v]) for r, v in zip(rewards.view(-1, group_size), valid.view(-1, group_size), strict=True)]
+    metrics = {
+        "reward": float(rewards[valid].mean()) if valid.any() else 0.0,
+        "reward_std": sum(stds) / len(stds),
+        "frac_reward_zero_std": sum(s == 0 for s in stds) / len(stds),
+        "invalid_samples": float((~valid).sum()),
+        "tokens_processed": float(sum(rank["tokens"] for rank in ranks)),
+        **_lengths(lengths, stopped),
+    }
+    scores = torch.tensor([row for rank in ranks for row in rank["scores"]], dtype=torch.float64)
+    for i, name in enumerate(judgement.names):
+        given = scores[:, i][~scores[:, i].isnan()]
+        if len(given):
+            metrics[f"rewards/{name}/mean"], metrics[f"rewards/{name}/std"] = float(given.mean()), _std(given)
+        for reason, count in sum((Counter(rank["reasons"][i]) for rank in ranks), Counter()).items():
+            metrics[f"rewards/{name}/reasons/{reason}"] = float(count)
+    return metrics
+
+
+def _lengths(lengths: Tensor, stopped: Tensor) -> dict[str, float]:
+    metrics = {"completions/clipped_ratio": float((~stopped).double().mean())}
+    for kind, values in (("", lengths), ("terminated_", lengths[stopped])):
+        values = values if len(values) else torch.zeros(1)
+        metrics[f"completions/mean_{kind}length"] = float(values.mean())
+        metrics[f"completions/min_{kind}length"] = float(values.min())
+        metrics[f"completions/max_{kind}length"] = float(values.max())
+    return metrics
+
+
+def _updates(results: Sequence[StepResult]) -> dict[str, float]:
+    """Means over the iteration's updates; what only the first one measures is taken from it."""
+    names = list(dict.fromkeys(name for r in results for name in r.metrics))
+    metrics = {n: _mean([r.metrics[n] for r in results if n in r.metrics]) for n in names}
+    fraction = results[0].metrics.get("scored_fraction", 0.0)
+    for name in ("sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean", "entropy"):
+        # Left-out rows are in the denominator but were never scored.
+        if name in metrics and fraction > 0:
+            overall = _mean([r.metrics.get("scored_fraction", 0.0) for r in results]) if name == "entropy" else fraction
+            metrics[name] /= overall
+    metrics.pop("reference_gap", None)
+    for name, value in results[0].extremes.items():
+        metrics[name] = -value if name.endswith("/min") else value
+    metrics["grad_norm"] = _mean([r.grad_norm for r in results if r.applied])
+    metrics["skipped_updates"] = float(sum(not r.applied for r in results))
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _std(values: Tensor) -> float:
+    """Sample standard deviation like the peer's tag; exactly 0 where all values are equal."""
+    if len(values) < 2 or bool((values == values[0]).all()):
+        return 0.0
+    return float(values.std())
+
+
+def _gather(value: Any) -> list[Any]:
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(gathered, value)
+    return gathered

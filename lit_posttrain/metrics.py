@@ -1,0 +1,100 @@
+"""Evaluation of several samples a prompt, as torchmetrics: right across batches and ranks."""
+
+from collections import Counter
+from collections.abc import Sequence
+from math import comb
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): the chance that k of n samples hold a right one, unbiased (2107.03374 Eq. 1).
+
+    Args:
+        n: Samples drawn.
+        correct: How many of them are right.
+        k: At most ``n``.
+
+    Raises:
+        ValueError: ``k`` is above ``n``.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples a prompt, got {n}")
+    return 1.0 - comb(n - correct, k) / comb(n, k)
+
+
+def consensus(votes: Sequence[str | None], correct: Sequence[bool]) -> float:
+    """Expected accuracy of the plurality answer under a uniform tie-break (self-consistency, 2203.11171).
+
+    Args:
+        votes: Each sample's answer; None does not vote.
+        correct: Whether that answer is right.
+    """
+    counts = Counter(v for v in votes if v is not None)
+    if not counts:
+        return 0.0
+    top = max(counts.values())
+    winners = [v for v, n in counts.items() if n == top]
+    # Two texts of one answer may be judged apart only by a faulty verifier; the share of right ones decides then.
+    right = [_share([c for v, c in zip(votes, correct, strict=True) if v == winner]) for winner in winners]
+    return sum(right) / len(right)
+
+
+def _share(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)
+
+
+class _MeanOverPrompts(Metric):
+    full_state_update = False
+    total: Tensor
+    prompts: Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("prompts", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _add(self, value: float) -> None:
+        self.total += value
+        self.prompts += 1
+
+    def compute(self) -> Tensor:
+        """Mean over all prompts of all ranks; NaN without any."""
+        return (self.total / self.prompts).float()
+
+
+class PassAtK(_MeanOverPrompts):
+    """Mean over prompts of the unbiased pass@k.
+
+    Args:
+        k: Samples that may be tried.
+    """
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def update(self, correct: Bool[Tensor, " n"]) -> None:
+        """Add one prompt's samples, at least ``k``."""
+        self._add(pass_at_k(len(correct), int(correct.sum()), self.k))
+
+
+class ConsensusAtK(_MeanOverPrompts):
+    """Mean over prompts of the accuracy of the plurality answer among the first k samples (maj@k).
+
+    Args:
+        k: Samples that vote.
+    """
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def update(self, votes: list[str | None], correct: Bool[Tensor, " n"]) -> None:
+        """Add one prompt's samples, at least ``k``."""
+        if len(votes) < self.k:
+            raise ValueError(f"maj@{self.k} needs at least {self.k} samples a prompt, got {len(votes)}")
+        self._add(consensus(votes[: self.k], correct[: self.k].tolist()))

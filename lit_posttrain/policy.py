@@ -1,0 +1,302 @@
+"""The policy: a HF causal LM with fp32 parameters, scored through a chunked head, and its frozen reference."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_posttrain.functional.log_probs import TokenLogProbs, token_log_probs
+from lit_posttrain.model_files import model_folder
+from lit_posttrain.precision import ComputeDtype, ComputeView, resolve_dtype
+from lit_posttrain.types import Sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (2106.09685) over a frozen base, trained in fp32.
+
+    Args:
+        r: Rank of each adapter.
+        alpha: The adapter's output is scaled by ``alpha / r``.
+        target_modules: ``all-linear`` (every linear layer but the vocabulary head) or names of modules.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Which network is trained and how its forward passes compute.
+
+    Args:
+        model: Folder of a HF causal LM, or its name on the hub.
+        tokenizer: Folder or hub name of the tokenizer; the model's own by default.
+        compute_dtype: What forward and backward passes compute in. Parameters, optimizer and checkpoints stay fp32.
+            ``auto`` is bfloat16 where the hardware multiplies it and float32 elsewhere.
+        lora: Train low-rank adapters instead of all weights.
+        gradient_checkpointing: Recompute each block's activations in backward: less memory, about a fifth slower.
+        revision: Commit, branch or tag of a hub model.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    compute_dtype: ComputeDtype = "auto"
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
+    revision: str | None = None
+
+
+def load_tokenizer(config: PolicyConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to the policy.
+
+    Raises:
+        ValueError: The folder or hub name holds none.
+    """
+    key = "model.init_args.policy.tokenizer" if config.tokenizer else "model.init_args.policy.model"
+    folder = model_folder(config.tokenizer or config.model, key, revision=config.revision, weights=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key}: no tokenizer in {folder} ({error})") from error
+
+
+def load_network(model: str, key: str = "model.init_args.policy.model", revision: str | None = None) -> PreTrainedModel:
+    """A HF causal LM in fp32 with every dropout off, in training mode.
+
+    Dropout would make the policy that is scored another than the one that sampled. HF's gradient checkpointing
+    works only in training mode, and ``from_pretrained`` returns eval mode, so the mode is set here, explicitly.
+    """
+    folder = model_folder(model, key, revision=revision, weights=True)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    disable_dropout(network)
+    return network.train()
+
+
+def disable_dropout(network: nn.Module) -> None:
+    """Set every dropout probability to 0, those that attention functions read from attributes included."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and name in ("attention_dropout", "dropout", "attn_dropout", "resid_dropout"):
+                setattr(module, name, 0.0)
+
+
+class Policy(nn.Module):
+    """One root module around the network, so that one FSDP root and one set of entry points serve every algorithm.
+
+    Call it only through ``forward`` and ``next_logits``: under FSDP2 these gather the parameters.
+
+    Args:
+        config: What to load.
+    """
+
+    entry_points = ("next_logits",)
+
+    def __init__(self, config: PolicyConfig):
+        super().__init__()
+        self.config = config
+        network = load_network(config.model, revision=config.revision)
+        self.stop_token_ids = _stop_token_ids(network)
+        self.context_length: int | None = getattr(network.config, "max_position_embeddings", None)
+        _check_head(network)
+        self.model: nn.Module = add_lora(network, config.lora) if config.lora else network
+        if config.gradient_checkpointing:
+            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if config.lora:
+                network.enable_input_require_grads()
+        # In __dict__, not registered: the view must not enter state_dict.
+        self.__dict__["view"] = None
+        self.compute_dtype: torch.dtype | None = None
+
+    def build_view(self, device: torch.device, *, sharded: bool) -> None:
+        """Make the compute view once the parameters are on their device; FSDP casts by itself, so it needs none."""
+        self.compute_dtype = resolve_dtype(self.config.compute_dtype, device)
+        view_dtype = torch.float32 if sharded else self.compute_dtype
+        self.__dict__["view"] = ComputeView(self.model, view_dtype)
+
+    def sync(self) -> None:
+        """Re-make the compute view; call after every change of the parameters."""
+        self._view().sync()
+
+    def forward(
+        self,
+        sequences: Sequences,
+        mask: Bool[Tensor, "b t"],
+        temperature: float,
+        *,
+        with_entropy: bool = False,
+        adapters: bool = True,
+    ) -> TokenLogProbs:
+        """log p(token i+1 | tokens up to i) at ``temperature`` where ``mask`` is True, 0 elsewhere; fp32 ``[b, t]``.
+
+        Rows are right-padded and attention is causal, so no real token ever sees padding and no attention mask is
+        needed. Only masked positions reach the vocabulary head.
+        """
+        network = _causal_lm(self._view().module)
+        with _adapters(network, adapters):
+            hidden = _decoder(network)(input_ids=sequences.ids, use_cache=False).last_hidden_state
+        head = network.get_output_embeddings()
+        return token_log_probs(
+            hidden,
+            head.weight,
+            sequences.ids,
+            temperature,
+            mask=mask,
+            bias=getattr(head, "bias", None),
+            with_entropy=with_entropy,
+            **_logit_transform(network.config),
+        )
+
+    def next_logits(
+        self,
+        ids: Int[Tensor, "b n"],
+        positions: Int[Tensor, "b n"],
+        attention_mask: Int[Tensor, "b m"],
+        cache: Any,
+    ) -> Float[Tensor, "b v"]:
+        """fp32 logits of the token after the last column; ``cache`` (a HF cache) grows by ``n`` columns in place."""
+        network = _causal_lm(self._view().module)
+        output = network(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and fp32 parameters that the optimizer owns."""
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def hf_config(self) -> Any:
+        """The network's HF config."""
+        return _causal_lm(self.model).config
+
+    def decode_network(self) -> PreTrainedModel:
+        """The HF network that forward passes use, for engines that read its weights."""
+        return _causal_lm(self._view().module)
+
+    @torch.no_grad()
+    def save_pretrained(self, out: str | Path) -> None:
+        """Write a HF folder (safetensors, fp32, adapters merged); not for sharded parameters."""
+        if self.config.lora is None:
+            _causal_lm(self.model).save_pretrained(out)
+            return
+        # Merging in place and undoing it drifts; a copy is merged instead.
+        copy.deepcopy(self.model).merge_and_unload().save_pretrained(out)  # pyright: ignore[reportCallIssue]
+
+    def _view(self) -> ComputeView:
+        if self.__dict__["view"] is None:
+            self.build_view(self.device, sharded=False)
+        return self.__dict__["view"]
+
+
+def add_lora(network: PreTrainedModel, config: LoraConfig) -> nn.Module:
+    """Freeze the network and put adapters on it; the vocabulary head stays as it is.
+
+    Raises:
+        ValueError: The target names the head, or no module at all.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    if any(t in ("lm_head", "embed_out") for t in targets):
+        raise ValueError("model.init_args.policy.lora.target_modules: the vocabulary head cannot carry an adapter")
+    peft_config = PeftLoraConfig(
+        r=config.r, lora_alpha=config.alpha, target_modules=config.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    try:
+        return get_peft_model(network, peft_config).train()
+    except ValueError as error:
+        raise ValueError(f"model.init_args.policy.lora: {error}") from error
+
+
+@contextmanager
+def _adapters(network: PreTrainedModel, enabled: bool) -> Iterator[None]:
+    if enabled:
+        yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    training = {id(p): p.requires_grad for layer in layers for p in layer.parameters()}
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+            for p in layer.parameters():
+                p.requires_grad_(training[id(p)])
+
+
+def _causal_lm(model: nn.Module) -> PreTrainedModel:
+    network = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # pyright: ignore
+    assert isinstance(network, PreTrainedModel)
+    return network
+
+
+def _decoder(network: PreTrainedModel) -> nn.Module:
+    return getattr(network, network.base_model_prefix)
+
+
+def _logit_transform(config: Any) -> dict[str, float | None]:
+    """What stands between head and logits: Gemma caps them, Cohere and Granite scale them."""
+    scale = getattr(config, "logit_scale", None)
+    if scale is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
+        scale = 1.0 / divisor
+    return {"softcap": getattr(config, "final_logit_softcapping", None), "scale": scale}
+
+
+@torch.no_grad()
+def _check_head(network: PreTrainedModel) -> None:
+    """Refuse an architecture whose logits are not what the chunked head computes from its hidden states."""
+    ids = torch.arange(1, 9)[None] % network.config.get_text_config().vocab_size
+    sequences = Sequences(ids, torch.ones(1, dtype=torch.long), torch.full((1,), 8))
+    try:
+        expected = network(input_ids=ids).logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        hidden = _decoder(network)(input_ids=ids, use_cache=False).last_hidden_state
+        head = network.get_output_embeddings()
+        ours = token_log_probs(
+            hidden, head.weight, ids, 1.0, mask=sequences.completion_mask(),
+            bias=getattr(head, "bias", None), **_logit_transform(network.config),
+        ).log_probs  # fmt: skip
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"model.init_args.policy.model: {type(network).__name__} has no decoder and head as expected ({error})"
+        ) from error
+    if not torch.allclose(expected, ours, atol=1e-3):
+        gap = (expected - ours).abs().max().item()
+        raise ValueError(
+            f"model.init_args.policy.model: {type(network).__name__} computes its logits in a way that the chunked "
+            f"log-probability head does not reproduce (log-probabilities differ by {gap:.3g})"
+        )
+
+
+def _stop_token_ids(network: PreTrainedModel) -> list[int]:
+    """Every id that ends a completion, by the generation config, else by the model config."""
+    for config in (getattr(network, "generation_config", None), network.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return []

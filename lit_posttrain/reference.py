@@ -1,0 +1,173 @@
+"""The frozen reference policy that KL is measured against; never a part of the module tree."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from lit_posttrain.checkpoint import CheckpointError, load_artefact, save_artefact, tensor_hash
+from lit_posttrain.policy import Policy, PolicyConfig
+from lit_posttrain.sharding import full_tensor, shard, world_size
+from lit_posttrain.types import Sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """What the policy is held close to; only read where the objective has a KL.
+
+    Args:
+        model: Folder or hub name; by default the policy as it was at the start (with LoRA: its base).
+        refresh_every: Copy the policy into the reference every so many iterations (DeepSeek-R1-Zero: 400).
+    """
+
+    model: str | None = None
+    refresh_every: int | None = None
+
+    def __post_init__(self):
+        """Check the ranges."""
+        if self.refresh_every is not None and self.refresh_every < 1:
+            raise ValueError(f"reference.refresh_every: must be at least 1, is {self.refresh_every}; null never refreshes")
+
+
+class Reference:
+    """A frozen network, or with LoRA the policy's own base with other adapters or none.
+
+    Not an ``nn.Module``: absent from optimizer, state_dict and checkpoint. Where it differs from the initial weights
+    it is saved once as an artefact that checkpoints name by the hash of its content.
+
+    Args:
+        policy: The policy, freshly loaded and not yet sharded.
+        config: What the reference is.
+    """
+
+    def __init__(self, policy: Policy, config: ReferenceConfig):
+        self.config = config
+        self.policy = policy
+        self.refreshed_at: int | None = None
+        self.adapters: dict[str, Tensor] | None = None
+        self.network: Policy | None = None
+        self._saved: str | None = None
+        if policy.config.lora is None or config.model is not None:
+            own = replace(policy.config, model=config.model or policy.config.model, lora=None, gradient_checkpointing=False)
+            self.network = _frozen(own)
+            self.initial_hash = _hash(self.network)
+        else:
+            self.initial_hash = _hash(policy)
+
+    @property
+    def equals_initial_policy(self) -> bool:
+        """Whether by configuration its KL to the untrained policy is zero."""
+        return self.refreshed_at is None and self.config.model in (None, self.policy.config.model)
+
+    def place(self, device: torch.device, mesh: DeviceMesh | None) -> None:
+        """Put the network where the policy is, sharded like it. A collective under sharding."""
+        if self.network is None:
+            return
+        self.network.to(device).build_view(device, sharded=mesh is not None)
+        if mesh is not None:
+            assert self.network.compute_dtype is not None
+            shard(self.network, mesh, self.network.compute_dtype, frozen=True)
+
+    @torch.no_grad()
+    def log_probs(self, sequences: Sequences, mask: Bool[Tensor, "b t"], temperature: float) -> Float[Tensor, "b t"]:
+        """The reference's log-probs of every masked token."""
+        if self.network is not None:
+            return self.network(sequences, mask, temperature).log_probs
+        if self.adapters is None:
+            return self.policy(sequences, mask, temperature, adapters=False).log_probs
+        trained = {name: p.detach().clone() for name, p in self.policy.trainable()}
+        self._put(self.adapters)
+        try:
+            return self.policy(sequences, mask, temperature).log_probs
+        finally:
+            self._put(trained)
+
+    @torch.no_grad()
+    def refresh(self, iteration: int) -> None:
+        """Become the policy as it is now: values are copied, so later updates of the policy do not reach it."""
+        self.refreshed_at, self._saved = iteration, None
+        if self.network is None:
+            self.adapters = {name: p.detach().clone() for name, p in self.policy.trainable()}
+            return
+        if self.policy.config.lora is not None:
+            raise ValueError("reference.refresh_every: with LoRA it needs reference.model: null (adapters are copied)")
+        for mine, theirs in zip(self.network.model.parameters(), self.policy.model.parameters(), strict=True):
+            mine.copy_(theirs)
+
+    def artefacts(self, run_dir: Path) -> list[str]:
+        """Save what is not the initial reference, once, and name it. A collective under sharding."""
+        if self.refreshed_at is None:
+            return []
+        if self._saved is None:
+            named = self.adapters if self.network is None else dict(self.network.model.named_parameters())
+            assert named is not None
+            tensors = {name: full_tensor(t.detach()).cpu().contiguous() for name, t in named.items()}
+            name = save_artefact(run_dir, tensors) if rank_zero_only.rank == 0 else ""
+            self._saved = _from_rank_zero(name)
+        return [self._saved]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint records: which reference this is."""
+        return {"initial_hash": self.initial_hash, "refreshed_at": self.refreshed_at, "artefact": self._saved}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any], run_dir: Path) -> None:
+        """Be the reference that the checkpoint was saved with.
+
+        Raises:
+            ValueError: The initial weights are not the ones the run began with, or the artefact is gone.
+        """
+        if state["initial_hash"] != self.initial_hash:
+            raise ValueError(
+                "model.init_args.reference: the reference's weights are not those this run began with (their hash "
+                "differs); put the original model folder back"
+            )
+        self.refreshed_at, self._saved = state["refreshed_at"], state["artefact"]
+        if self.refreshed_at is None:
+            return
+        try:
+            tensors = load_artefact(run_dir, state["artefact"])
+        except CheckpointError as error:
+            raise ValueError(f"the reference policy that the checkpoint names cannot be loaded: {error}") from error
+        if self.network is None:
+            self.adapters = {n: _like(tensors[n], p) for n, p in self.policy.trainable()}
+            return
+        for name, p in self.network.model.named_parameters():
+            p.copy_(_like(tensors[name], p))
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.policy.trainable():
+            p.data.copy_(values[name])
+        self.policy.sync()
+
+
+def _frozen(config: PolicyConfig) -> Policy:
+    network = Policy(config).requires_grad_(False).eval()
+    return network
+
+
+def _hash(policy: Policy) -> str:
+    return tensor_hash({n: p.detach() for n, p in policy.model.named_parameters() if "lora_" not in n})
+
+
+def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """``tensor`` with the parameter's dtype, device and sharding."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(parameter, DTensor):
+        moved = tensor.to(parameter.device, parameter.dtype)
+        return distribute_tensor(moved, parameter.device_mesh, parameter.placements)
+    return tensor.to(parameter.device, parameter.dtype)
+
+
+def _from_rank_zero(name: str) -> str:
+    if world_size() == 1:
+        return name
+    box = [name]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,6 @@
+"""Generating completions: the engine seam, the sampler, and how a rollout is put together."""
+
+from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
+from lit_posttrain.rollout.reference import ReferenceEngine
+
+__all__ = ["ReferenceEngine", "RolloutEngine", "SamplingParams"]

@@ -1,0 +1,74 @@
+"""The seam between algorithms and whatever generates: tokens in, tokens out, never text."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from lit_posttrain.policy import Policy
+from lit_posttrain.types import Completion, SamplingKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How completions are drawn.
+
+    Top-p, top-k, min-p and repetition penalties are not offered: they change the policy that samples into another
+    than the one that is scored.
+
+    Args:
+        max_new_tokens: Completions are cut after this many tokens.
+        temperature: Logits are divided by it, at rollout and in every log-probability alike.
+        stop_token_ids: Ids that end a completion; the model's own end tokens by default.
+        stop_strings: Texts that end a completion; they stay part of it.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    stop_token_ids: list[int] | None = None
+    stop_strings: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        """Check the ranges."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"sampling.max_new_tokens: must be at least 1, is {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"sampling.temperature: must not be negative, is {self.temperature}")
+        if any(not s for s in self.stop_strings):
+            raise ValueError("sampling.stop_strings: an empty string would stop every completion at once; remove it")
+
+
+class RolloutEngine(ABC):
+    """Generates completions with the policy's weights of the last ``sync``."""
+
+    @abstractmethod
+    def sync(self, policy: Policy) -> None:
+        """Take over the policy's present weights. Under sharding a collective that every rank enters."""
+
+    @abstractmethod
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        keys: Sequence[SamplingKey],
+        tick: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """One completion for each (prompt, key), in their order.
+
+        The same prompt, key and weights give the same tokens (fp32) whatever else is in the batch.
+
+        Args:
+            prompts: Token ids of each prompt; samples of one prompt repeat it.
+            sampling: Temperature, limits and stops.
+            keys: Name the uniforms of each completion.
+            tick: Called after each token with the number of completions that finished at it; may raise to abort.
+        """
+
+    @abstractmethod
+    def bind(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Give the engine the tokenizer, which it needs for stop strings alone."""
+
+    def close(self) -> None:
+        """Release what the engine holds."""
+        return None

@@ -1,0 +1,131 @@
+"""The reference engine: HF's forward with HF's cache, for any architecture; slow, simple, and what others must equal."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
+
+from lit_posttrain.policy import Policy
+from lit_posttrain.randomness import uniforms
+from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
+from lit_posttrain.rollout.sampler import draw
+from lit_posttrain.rollout.stops import StopRule
+from lit_posttrain.sharding import unsharded
+from lit_posttrain.types import Completion, SamplingKey
+
+
+class ReferenceEngine(RolloutEngine):
+    """Samples in batches through the policy's own forward; a prompt is prefilled once for all its samples.
+
+    Prompts are left-padded, so that the real tokens of a row stay contiguous and sliding-window and absolute
+    positions come out right. Finished rows leave the batch.
+
+    Args:
+        max_rows: Most completions in one batch.
+    """
+
+    def __init__(self, max_rows: int = 64):
+        if max_rows < 1:
+            raise ValueError(f"engine.init_args.max_rows: must be at least 1, is {max_rows}")
+        self.max_rows = max_rows
+        self.policy: Policy | None = None
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.weight_version = 0
+
+    def bind(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Keep the tokenizer for stop strings."""
+        self.tokenizer = tokenizer
+
+    def sync(self, policy: Policy) -> None:
+        """Note the policy; its forward passes always use its present weights."""
+        self.policy = policy
+        self.weight_version += 1
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        keys: Sequence[SamplingKey],
+        tick: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """See ``RolloutEngine.generate``."""
+        assert self.policy is not None, "sync comes before generate"
+        stop_ids = self.policy.stop_token_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
+        stop = StopRule(stop_ids, sampling.stop_strings, self.tokenizer)
+        completions: list[Completion] = []
+        with unsharded(self.policy):
+            for start in range(0, len(prompts), self.max_rows):
+                rows = slice(start, start + self.max_rows)
+                completions += _Batch(self.policy, prompts[rows], keys[rows], sampling).run(
+                    stop, self.weight_version, tick or (lambda finished: None)
+                )
+        return completions
+
+
+class _Batch:
+    """Rows decoded together. ``live`` maps the cache's rows to the completions they belong to."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[SamplingKey],
+        sampling: SamplingParams,
+    ):
+        self.policy, self.sampling = policy, sampling
+        self.uniforms = torch.stack([uniforms(k, sampling.max_new_tokens) for k in keys])
+        unique = list(dict.fromkeys(tuple(p) for p in prompts))
+        self.owner = torch.tensor([unique.index(tuple(p)) for p in prompts])
+        self.ids, self.real = _left_pad(unique)
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.log_probs: list[list[float]] = [[] for _ in prompts]
+        self.stopped = [False] * len(prompts)
+
+    def run(self, stop: StopRule, weight_version: int, tick: Callable[[int], None]) -> list[Completion]:
+        device = self.policy.device
+        cache = DynamicCache(config=self.policy.hf_config)
+        positions = (self.real.long().cumsum(-1) - 1).clamp_min(0)
+        logits = self.policy.next_logits(self.ids.to(device), positions.to(device), self.real.long().to(device), cache)
+        # From prompts to samples: every sample gets its prompt's cache, mask and next-token logits.
+        live = torch.arange(len(self.tokens))
+        owner = self.owner.to(device)
+        cache.batch_select_indices(owner)
+        logits, mask = logits[owner], self.real.long().to(device)[owner]
+        lengths = mask.sum(-1)
+        for step in range(self.sampling.max_new_tokens):
+            sampled = draw(logits, self.uniforms[live, step].to(device), self.sampling.temperature)
+            keep = self._record(live.tolist(), sampled.tokens.tolist(), sampled.log_probs.tolist(), stop)
+            tick(len(live) - int(keep.sum()))
+            if step + 1 == self.sampling.max_new_tokens or not keep.any():
+                break
+            tokens, mask = sampled.tokens, torch.nn.functional.pad(mask, (0, 1), value=1)
+            if not keep.all():
+                rows = keep.nonzero()[:, 0].to(device)
+                cache.batch_select_indices(rows)
+                live, tokens, mask, lengths = live[keep], tokens[rows], mask[rows], lengths[rows]
+            logits = self.policy.next_logits(tokens[:, None], (lengths + step)[:, None], mask, cache)
+        return [
+            Completion(t, p, "stop" if s else "length", weight_version)
+            for t, p, s in zip(self.tokens, self.log_probs, self.stopped, strict=True)
+        ]
+
+    def _record(self, live: list[int], tokens: list[int], log_probs: list[float], stop: StopRule) -> Bool[Tensor, " b"]:
+        for row, token, log_prob in zip(live, tokens, log_probs, strict=True):
+            self.tokens[row].append(token)
+            self.log_probs[row].append(log_prob)
+            self.stopped[row] = stop.stopped(self.tokens[row])
+        return torch.tensor([not self.stopped[row] for row in live])
+
+
+def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "p s"], Bool[Tensor, "p s"]]:
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    real = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        real[row, width - len(prompt) :] = True
+    return ids, real

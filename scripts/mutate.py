@@ -1,0 +1,238 @@
+"""Plant known faults one at a time and see whether the tests notice (mutation testing with chosen mutants).
+
+``tests/mutations.yaml`` lists slips that a reimplementation of these algorithms really makes: a shift by one, a wrong
+degree of freedom, a missing detach, a micro-batch's denominator. Each is written into a copy of the repository, and the
+tests that claim to guard the line are run there. A fault that survives is a hole in the suite.
+
+    python scripts/mutate.py [--jobs 2] [--only NAME ...] [--list]
+
+Exit status: 0 if every fault was killed, 1 if one survived, 2 if an entry is stale or its tests fail without any fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+LISTING = ROOT / "tests" / "mutations.yaml"
+# What no test reads: bulky, private to this checkout, or a cache that could hide the mutated source.
+NOT_COPIED = (
+    ".git",
+    ".venv",
+    "logs",
+    "models",
+    "build",
+    "dist",
+    "__pycache__",
+    "*.egg-info",
+    ".*_cache",
+    ".hypothesis",
+)
+TIMEOUT = 300.0
+console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One fault to plant.
+
+    Args:
+        name: Unique short name, for ``--only``.
+        file: The source file, relative to the repository.
+        find: Text that occurs exactly once in the file.
+        replace: What it becomes.
+        tests: The tests that must notice: paths, node ids, or ``-k EXPRESSION``.
+        why: The slip in a few words.
+    """
+
+    name: str
+    file: str
+    find: str
+    replace: str
+    tests: tuple[str, ...]
+    why: str
+
+    def source(self) -> str:
+        """The file as it is."""
+        return (ROOT / self.file).read_text()
+
+    def defect(self) -> str | None:
+        """Why this entry cannot be planted, or None."""
+        if not (ROOT / self.file).is_file():
+            return f"{self.file} does not exist"
+        if (count := self.source().count(self.find)) != 1:
+            return f"`find` occurs {count} times in {self.file}, not once"
+        return None
+
+    def mutated(self) -> str:
+        """The file with the fault in it."""
+        return self.source().replace(self.find, self.replace)
+
+    def place(self) -> str:
+        """The file and the first line that changes."""
+        pairs = zip(self.source().splitlines(), self.mutated().splitlines(), strict=False)
+        return f"{self.file}:{next((line for line, (old, new) in enumerate(pairs, 1) if old != new), 0)}"
+
+    def arguments(self) -> list[str]:
+        """The tests as arguments of pytest."""
+        return [part for test in self.tests for part in (test.split(" ", 1) if test.startswith("-k ") else [test])]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one mutation: status ``killed``, ``SURVIVED`` or ``BROKEN`` (pytest could not run)."""
+
+    mutation: Mutation
+    status: str
+    detail: str
+    seconds: float
+
+
+def read_mutations(path: Path = LISTING) -> list[Mutation]:
+    """Read the listing; raises TypeError if an entry lacks a key or has one too many."""
+    return [Mutation(**{**entry, "tests": tuple(entry["tests"])}) for entry in yaml.safe_load(path.read_text())]
+
+
+def copy_repository(folder: Path) -> Path:
+    """Copy the repository into ``folder`` and check that Python, started there, imports the copy."""
+    copy = folder / ROOT.name
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    command = [sys.executable, "-c", "import lit_posttrain; print(lit_posttrain.__file__)"]
+    done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True, check=True)
+    if not Path(done.stdout.strip()).is_relative_to(copy):
+        # An editable install that came first would test the unmutated source, and every fault would seem to survive.
+        raise RuntimeError(f"the copy in {copy} is shadowed by {done.stdout.strip()}")
+    return copy
+
+
+def environment(copy: Path) -> dict[str, str]:
+    """The environment of a test run in a copy."""
+    # Bytecode is matched to its source by size and whole seconds: a mutant of equal length could run its predecessor's.
+    fixed = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **fixed, "TOKENIZERS_PARALLELISM": "false"}
+
+
+def pytest(copy: Path, arguments: list[str]) -> tuple[int | None, str]:
+    """Run pytest in a copy until the first failure; returns (exit status, output), status None after ``TIMEOUT``."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=copy, env=environment(copy), capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None, ""
+    return done.returncode, done.stdout + done.stderr
+
+
+def plant(mutation: Mutation, copy: Path) -> Result:
+    """Plant one fault in a copy, run its tests, and take the fault out again."""
+    start = time.perf_counter()
+    target = copy / mutation.file
+    target.write_text(mutation.mutated())
+    try:
+        status, output = pytest(copy, mutation.arguments())
+    finally:
+        target.write_text(mutation.source())
+    seconds = time.perf_counter() - start
+    if status is None:
+        return Result(mutation, "killed", f"no end within {TIMEOUT:.0f} s", seconds)
+    if status == 0:
+        return Result(mutation, "SURVIVED", mutation.why, seconds)
+    if status != 1:  # a mutant that cannot even be collected says nothing about the tests
+        return Result(
+            mutation, "BROKEN", output.strip().splitlines()[-1] if output.strip() else f"exit {status}", seconds
+        )
+    failed = re.search(r"^(?:FAILED|ERROR) \S*?::(\S+)", output, re.MULTILINE)
+    return Result(mutation, "killed", failed[1] if failed else "", seconds)
+
+
+def run(mutations: list[Mutation], jobs: int) -> list[Result]:
+    """Plant all faults with ``jobs`` copies of the repository, printing each outcome as it comes."""
+    with tempfile.TemporaryDirectory(prefix="mutate-") as folder, ThreadPoolExecutor(jobs) as pool:
+        copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for index in range(jobs):
+            copies.put(copy_repository(Path(folder) / str(index)))
+        if problem := baseline(mutations, copies):
+            print(problem)
+            return []
+
+        def work(mutation: Mutation) -> Result:
+            copy = copies.get()
+            try:
+                result = plant(mutation, copy)
+            finally:
+                copies.put(copy)
+            console.print(f"{result.status:<8} {mutation.name} ({result.seconds:.1f} s)", highlight=False)
+            return result
+
+        return list(pool.map(work, mutations))
+
+
+def baseline(mutations: list[Mutation], copies: queue.SimpleQueue[Path]) -> str | None:
+    """Run the tests of all entries without a fault; returns the output if they fail: no kill would mean anything."""
+    copy = copies.get()
+    tests = {test for mutation in mutations for test in mutation.tests if not test.startswith("-k ")}
+    # Naming a whole file makes its own node ids redundant, and pytest would run them twice.
+    status, output = pytest(
+        copy, sorted(test for test in tests if "::" not in test or test.split("::")[0] not in tests)
+    )
+    copies.put(copy)
+    console.print(f"without a fault: {output.strip().splitlines()[-1] if output.strip() else status}", highlight=False)
+    return None if status == 0 else f"{output}\nthe tests fail without any fault: mend them first"
+
+
+def report(results: list[Result]) -> Table:
+    """Render the outcome as a table, one row a fault."""
+    killed = sum(result.status == "killed" for result in results)
+    table = Table(title=f"{killed} of {len(results)} faults killed", title_justify="left")
+    for column in ("fault", "place", "outcome", "by (or: the fault)", "s"):
+        table.add_column(column, justify="right" if column == "s" else "left", overflow="fold")
+    for result in results:
+        style = "green" if result.status == "killed" else "bold red"
+        cells = (result.mutation.name, result.mutation.place(), f"[{style}]{result.status}[/]")
+        table.add_row(*cells, result.detail.replace("[", r"\["), f"{result.seconds:.1f}")
+    return table
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="faults tested at the same time")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="just these entries")
+    parser.add_argument("--list", action="store_true", help="print the entries and stop")
+    options = parser.parse_args()
+    mutations = read_mutations()
+    if unknown := set(options.only or ()) - {mutation.name for mutation in mutations}:
+        parser.error(f"no such entry: {', '.join(sorted(unknown))}; see --list")
+    mutations = [mutation for mutation in mutations if not options.only or mutation.name in options.only]
+    if stale := [f"{mutation.name}: {defect}" for mutation in mutations if (defect := mutation.defect())]:
+        print("\n".join(stale))
+        return 2
+    if options.list:
+        for mutation in mutations:
+            print(f"{mutation.name:<40} {mutation.place():<50} {mutation.why}")
+        return 0
+    results = run(mutations, max(1, options.jobs))
+    if not results:
+        return 2
+    console.print(report(results))
+    return int(any(result.status != "killed" for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
