@@ -208,6 +208,7 @@ class CheckpointEvery(Checkpoint):
             flush = getattr(getattr(logger, "experiment", None), "flush", None)
             if callable(flush):
                 flush()
+        # Before the state is dumped: asking may save an artefact, whose name the state then holds.
         artefacts = list(getattr(pl_module, "checkpoint_artefacts", list)())
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         problem = self._write(trainer, state, step, artefacts)

@@ -159,9 +159,6 @@ def set_aside_damaged(run_dir: Path, after: int) -> Checkpoint | None:
     return None
 
 
-# --- reading ----------------------------------------------------------------------------------------------------
-
-
 def verify(path: Path) -> None:
     """Hold every file of a checkpoint, and of the artefacts it names, against the manifests.
 
@@ -257,6 +254,8 @@ def _steps(folder: Path) -> list[Checkpoint]:
 
 def save_artefact(run_dir: Path, tensors: Mapping[str, Tensor]) -> str:
     """Save tensors that checkpoints refer to by name (a reference policy, say), once for each content.
+
+    Not a collective: with several ranks one of them calls it, with whole tensors.
 
     Returns:
         The artefact's name, ``reference-<first 16 digits of tensor_hash>``.

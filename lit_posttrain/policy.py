@@ -137,7 +137,7 @@ class Policy(nn.Module):
         with_entropy: bool = False,
         adapters: bool = True,
     ) -> TokenLogProbs:
-        """log p(token i+1 | tokens up to i) at ``temperature`` where ``mask`` is True, 0 elsewhere; fp32 ``[b, t]``.
+        """Log p(token i+1 | tokens up to i) at ``temperature`` where ``mask`` is True, 0 elsewhere; fp32 ``[b, t]``.
 
         Rows are right-padded and attention is causal, so no real token ever sees padding and no attention mask is
         needed. Only masked positions reach the vocabulary head.
@@ -222,7 +222,11 @@ def add_lora(network: PreTrainedModel, config: LoraConfig) -> nn.Module:
     if any(t in ("lm_head", "embed_out") for t in targets):
         raise ValueError("model.init_args.policy.lora.target_modules: the vocabulary head cannot carry an adapter")
     peft_config = PeftLoraConfig(
-        r=config.r, lora_alpha=config.alpha, target_modules=config.target_modules, lora_dropout=0.0, task_type="CAUSAL_LM"
+        r=config.r,
+        lora_alpha=config.alpha,
+        target_modules=config.target_modules,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
     )
     try:
         return get_peft_model(network, peft_config).train()

@@ -40,7 +40,8 @@ def describe_hardware(device: torch.device) -> str:
     capabilities = torch.cpu.get_capabilities()
     units = [k for k in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if capabilities.get(k)]
     precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
-    return f"CPU with {torch.get_num_threads()} threads ({', '.join(units) or 'no vector unit known'}), auto precision {precision}"
+    known = ", ".join(units) or "no vector unit known"
+    return f"CPU with {torch.get_num_threads()} threads ({known}), auto precision {precision}"
 
 
 class ComputeView:

@@ -71,8 +71,7 @@ class PhaseProgressBar(ProgressBar):
             return
         if self._plain:
             self._line_if_due()
-        elif self._phase_bar is not None:
-            self._phase_bar.update(n)
+        elif self._phase_bar is not None and self._phase_bar.update(n):  # tqdm draws at most ten times a second
             self._refresh()
 
     def show(self, **metrics: Any) -> None:

@@ -45,7 +45,9 @@ def run_seed() -> int:
     """
     seed = os.environ.get("PL_GLOBAL_SEED")
     if seed is None:
-        raise ValueError("seed_everything: set it to an integer in the YAML; every random choice of a run derives from it")
+        raise ValueError(
+            "seed_everything: set it to an integer in the YAML; every random choice of a run derives from it"
+        )
     return int(seed)
 
 

@@ -31,7 +31,9 @@ class ReferenceConfig:
     def __post_init__(self):
         """Check the ranges."""
         if self.refresh_every is not None and self.refresh_every < 1:
-            raise ValueError(f"reference.refresh_every: must be at least 1, is {self.refresh_every}; null never refreshes")
+            raise ValueError(
+                f"reference.refresh_every: must be at least 1, is {self.refresh_every}; null never refreshes"
+            )
 
 
 class Reference:
@@ -53,7 +55,9 @@ class Reference:
         self.network: Policy | None = None
         self._saved: str | None = None
         if policy.config.lora is None or config.model is not None:
-            own = replace(policy.config, model=config.model or policy.config.model, lora=None, gradient_checkpointing=False)
+            own = replace(
+                policy.config, model=config.model or policy.config.model, lora=None, gradient_checkpointing=False
+            )
             self.network = _frozen(own)
             self.initial_hash = _hash(self.network)
         else:

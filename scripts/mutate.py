@@ -12,10 +12,12 @@ Exit status: 0 if every fault was killed, 1 if one survived, 2 if an entry is st
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -108,92 +110,140 @@ def read_mutations(path: Path = LISTING) -> list[Mutation]:
     return [Mutation(**{**entry, "tests": tuple(entry["tests"])}) for entry in yaml.safe_load(path.read_text())]
 
 
-def copy_repository(folder: Path) -> Path:
-    """Copy the repository into ``folder`` and check that Python, started there, imports the copy."""
-    copy = folder / ROOT.name
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
-    command = [sys.executable, "-c", "import lit_posttrain; print(lit_posttrain.__file__)"]
-    done = subprocess.run(command, cwd=copy, env=environment(copy), capture_output=True, text=True, check=True)
-    if not Path(done.stdout.strip()).is_relative_to(copy):
-        # An editable install that came first would test the unmutated source, and every fault would seem to survive.
-        raise RuntimeError(f"the copy in {copy} is shadowed by {done.stdout.strip()}")
-    return copy
+class Worker:
+    """A copy of the repository, and a process started in it that forks for each test run.
 
+    The process has imported the heavy libraries, and nothing of this package, before it forks: a run starts in a
+    tenth of a second instead of the ten that importing torch and lightning takes.
+    """
 
-def environment(copy: Path) -> dict[str, str]:
-    """The environment of a test run in a copy."""
-    # Bytecode is matched to its source by size and whole seconds: a mutant of equal length could run its predecessor's.
-    fixed = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **fixed, "TOKENIZERS_PARALLELISM": "false"}
-
-
-def pytest(copy: Path, arguments: list[str]) -> tuple[int | None, str]:
-    """Run pytest in a copy until the first failure; returns (exit status, output), status None after ``TIMEOUT``."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", *arguments]
-    try:
-        done = subprocess.run(
-            command, cwd=copy, env=environment(copy), capture_output=True, text=True, timeout=TIMEOUT, check=False
+    def __init__(self, folder: Path):
+        self.copy = folder / ROOT.name
+        shutil.copytree(ROOT, self.copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        # Bytecode is matched to its source by size and whole seconds: a mutant of equal length could run the original.
+        fixed = {"PYTHONPATH": str(self.copy), "PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, **fixed, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", "import lit_posttrain; print(lit_posttrain.__file__)"]
+        origin = subprocess.check_output(command, cwd=self.copy, env=environment, text=True).strip()
+        if not Path(origin).is_relative_to(self.copy):
+            # An editable install that came first would test the source without the fault, and all would survive.
+            raise RuntimeError(f"the copy in {self.copy} is shadowed by {origin}")
+        self.server = subprocess.Popen(
+            [sys.executable, __file__, "--serve"],
+            cwd=self.copy,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-    except subprocess.TimeoutExpired:
-        return None, ""
-    return done.returncode, done.stdout + done.stderr
+
+    def pytest(self, arguments: list[str]) -> tuple[int | None, str]:
+        """Run pytest until the first failure; returns (exit status, output), status None after ``TIMEOUT``."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        line = json.dumps(["-x", "-q", "-p", "no:cacheprovider", "--tb=short", *arguments])
+        print(line, file=self.server.stdin, flush=True)
+        status, output = json.loads(self.server.stdout.readline())
+        return status, output
+
+    def plant(self, mutation: Mutation) -> Result:
+        """Plant one fault, run its tests, and take the fault out again."""
+        start = time.perf_counter()
+        target = self.copy / mutation.file
+        source = target.read_text()  # not the checkout's, which somebody may be editing
+        target.write_text(source.replace(mutation.find, mutation.replace))
+        status, output = self.pytest(mutation.arguments())
+        target.write_text(source)
+        seconds = time.perf_counter() - start
+        if status is None:
+            return Result(mutation, "killed", f"no end within {TIMEOUT:.0f} s", seconds)
+        if status == 0:
+            return Result(mutation, "SURVIVED", mutation.why, seconds)
+        if status != 1:  # a mutant that cannot even be collected says nothing about the tests
+            return Result(mutation, "BROKEN", (output.strip() or f"exit {status}").splitlines()[-1], seconds)
+        failed = re.search(r"^(?:FAILED|ERROR) \S*?::(\S+)", output, re.MULTILINE)
+        return Result(mutation, "killed", failed[1] if failed else "", seconds)
+
+    def close(self) -> None:
+        """End the process."""
+        self.server.communicate()
 
 
-def plant(mutation: Mutation, copy: Path) -> Result:
-    """Plant one fault in a copy, run its tests, and take the fault out again."""
-    start = time.perf_counter()
-    target = copy / mutation.file
-    target.write_text(mutation.mutated())
-    try:
-        status, output = pytest(copy, mutation.arguments())
-    finally:
-        target.write_text(mutation.source())
-    seconds = time.perf_counter() - start
-    if status is None:
-        return Result(mutation, "killed", f"no end within {TIMEOUT:.0f} s", seconds)
-    if status == 0:
-        return Result(mutation, "SURVIVED", mutation.why, seconds)
-    if status != 1:  # a mutant that cannot even be collected says nothing about the tests
-        return Result(
-            mutation, "BROKEN", output.strip().splitlines()[-1] if output.strip() else f"exit {status}", seconds
-        )
-    failed = re.search(r"^(?:FAILED|ERROR) \S*?::(\S+)", output, re.MULTILINE)
-    return Result(mutation, "killed", failed[1] if failed else "", seconds)
+def serve() -> int:
+    """The process of a ``Worker``: for each line of arguments fork, run pytest, answer [exit status, output]."""
+    import lightning.pytorch  # noqa: F401
+    import pytest
+    import transformers  # noqa: F401
+
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        with tempfile.TemporaryFile() as output:
+            if (child := os.fork()) == 0:
+                os.setsid()  # so that what the tests start can be ended with them
+                with open(os.devnull) as nothing:
+                    os.dup2(nothing.fileno(), 0)
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                sys.argv = ["pytest", *arguments]
+                status = 3
+                try:
+                    status = int(pytest.main(arguments))
+                finally:
+                    sys.stdout.flush()
+                    os._exit(status)
+            status = wait(child)
+            output.seek(0)
+            print(json.dumps([status, output.read().decode(errors="replace")]), flush=True)
+    return 0
+
+
+def wait(child: int) -> int | None:
+    """Exit status of a child process; None if it had to be killed after ``TIMEOUT`` seconds."""
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
 
 
 def run(mutations: list[Mutation], jobs: int) -> list[Result]:
-    """Plant all faults with ``jobs`` copies of the repository, printing each outcome as it comes."""
+    """Plant all faults with ``jobs`` workers, printing each outcome as it comes; empty if the tests fail without."""
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder, ThreadPoolExecutor(jobs) as pool:
-        copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for index in range(jobs):
-            copies.put(copy_repository(Path(folder) / str(index)))
-        if problem := baseline(mutations, copies):
-            print(problem)
-            return []
+        workers = [Worker(Path(folder) / str(index)) for index in range(jobs)]
+        free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in workers:
+            free.put(worker)
 
         def work(mutation: Mutation) -> Result:
-            copy = copies.get()
+            worker = free.get()
             try:
-                result = plant(mutation, copy)
+                result = worker.plant(mutation)
             finally:
-                copies.put(copy)
+                free.put(worker)
             console.print(f"{result.status:<8} {mutation.name} ({result.seconds:.1f} s)", highlight=False)
             return result
 
-        return list(pool.map(work, mutations))
+        try:
+            return list(pool.map(work, mutations)) if green(mutations, workers[0]) else []
+        finally:
+            for worker in workers:
+                worker.close()
 
 
-def baseline(mutations: list[Mutation], copies: queue.SimpleQueue[Path]) -> str | None:
-    """Run the tests of all entries without a fault; returns the output if they fail: no kill would mean anything."""
-    copy = copies.get()
+def green(mutations: list[Mutation], worker: Worker) -> bool:
+    """Whether the tests of all entries pass without a fault; if they do not, no kill would mean anything."""
     tests = {test for mutation in mutations for test in mutation.tests if not test.startswith("-k ")}
     # Naming a whole file makes its own node ids redundant, and pytest would run them twice.
-    status, output = pytest(
-        copy, sorted(test for test in tests if "::" not in test or test.split("::")[0] not in tests)
-    )
-    copies.put(copy)
-    console.print(f"without a fault: {output.strip().splitlines()[-1] if output.strip() else status}", highlight=False)
-    return None if status == 0 else f"{output}\nthe tests fail without any fault: mend them first"
+    status, output = worker.pytest(sorted(t for t in tests if "::" not in t or t.split("::")[0] not in tests))
+    if status != 0:
+        print(f"{output}\nthe tests fail without any fault: mend them first")
+        return False
+    console.print(f"without a fault: {output.strip().splitlines()[-1]}", highlight=False)
+    return True
 
 
 def report(results: list[Result]) -> Table:
@@ -215,7 +265,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="faults tested at the same time")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="just these entries")
     parser.add_argument("--list", action="store_true", help="print the entries and stop")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.serve:
+        return serve()
     mutations = read_mutations()
     if unknown := set(options.only or ()) - {mutation.name for mutation in mutations}:
         parser.error(f"no such entry: {', '.join(sorted(unknown))}; see --list")

@@ -102,6 +102,10 @@ class ModelBase(LightningModule, ABC):
     def validation_step(self, batch, i):
         self.log("seen", float(self.global_step))
 
+    def on_save_checkpoint(self, checkpoint):
+        # What save_hyperparameters would leave; Lightning's own command line would let it override the YAML.
+        checkpoint["hyper_parameters"] = {"group_size": 9}
+
     def configure_optimizers(self):
         return self.optimizer(self.parameters())
 

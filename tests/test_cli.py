@@ -212,8 +212,9 @@ def test_last_with_nothing_there_is_an_error_of_its_own(run, capsys, damage):
 @pytest.mark.parametrize("path", [RUN, RUN / "checkpoints/step-2", RUN / "checkpoints/step-2/state.ckpt"])
 def test_a_path_starts_a_new_run_from_its_state(run, capsys, path):
     run("fit", "--config", "base.yaml")
-    trainer, _ = run("fit", "--config", "base.yaml", "--trainer.max_steps=3", f"--ckpt_path={path}")
+    trainer, model = run("fit", "--config", "base.yaml", "--trainer.max_steps=3", f"--ckpt_path={path}")
     assert trainer.global_step == 3
+    assert model.group_size == 2
     assert Path(trainer.log_dir).name == "version_1"
     assert config(trainer.log_dir)["ckpt_path"] == str(RUN / "checkpoints/step-2/state.ckpt")
     assert "trainer.max_steps: 2 in version_0, 3 now" in capsys.readouterr().out

@@ -226,6 +226,21 @@ def test_kl_in_the_reward(estimator: str, kl: float) -> None:
     assert "kl" not in without.metrics
 
 
+@pytest.mark.parametrize(("stop", "bias"), [(0.1, 0.155843), (0.2, 0.202359), (0.5, 0.193147)])
+def test_dividing_by_the_own_length_makes_wrong_answers_longer(stop: float, bias: float) -> None:
+    # An answer of n tokens has probability s (1 - s)^(n - 1); every length is enumerated, every answer is wrong.
+    n = torch.arange(1, 401, dtype=torch.float64)
+    mask = torch.arange(400) < n[:, None]
+    log_probs = torch.full((400, 400), math.log(1 - stop), dtype=torch.float64)
+    log_probs.fill_diagonal_(math.log(stop))
+    by_stop_logit = torch.full((400, 400), -stop, dtype=torch.float64).fill_diagonal_(1 - stop)
+    batch = Batch(log_probs, torch.zeros_like(log_probs), torch.zeros_like(log_probs), -mask.double(), mask)
+    for mode, expected in (("sequence_mean", bias), ("constant", 0.0)):
+        _, grad = batch.loss(objective(aggregation=mode), Totals(1.0, 1.0))
+        got = ((grad * by_stop_logit).sum(1) * stop * (1 - stop) ** (n - 1)).sum().item()
+        assert got == pytest.approx(expected, abs=1e-6)  # descent lowers the stop logit by this
+
+
 @pytest.mark.trap(26)
 def test_what_carries_gradient() -> None:
     batch = two_rows()

@@ -42,7 +42,7 @@ class Loss(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
-    extremes: dict[str, Tensor] = {}
+    extremes: dict[str, Tensor]
 
 
 class StepResult(NamedTuple):
@@ -117,7 +117,7 @@ class PostTrainModule(pl.LightningModule, ABC):
             shard(policy, self.device_mesh, policy.compute_dtype, Policy.entry_points)
         self.policy = policy
 
-    def prepare_policy(self, policy: Policy) -> None:  # noqa: B027
+    def prepare_policy(self, policy: Policy) -> None:
         """Look at the loaded policy before it is sharded (a reference hashes it, say)."""
 
     def configure_optimizers(self) -> Any:
@@ -282,7 +282,9 @@ class PostTrainModule(pl.LightningModule, ABC):
         """One line: hardware, precision, number of trained parameters."""
         policy = self.built_policy()
         size = sum(p.numel() for _, p in policy.trainable())
-        self.print(f"{describe_hardware(self.device)}; computing in {policy.compute_dtype}; {size:,} trained parameters")
+        self.print(
+            f"{describe_hardware(self.device)}; computing in {policy.compute_dtype}; {size:,} trained parameters"
+        )
 
     def counters(self) -> dict[str, Any]:
         """Everything besides weights, optimizer and schedule that a resume needs; the one place to declare it."""
@@ -297,11 +299,13 @@ class PostTrainModule(pl.LightningModule, ABC):
         """
         seed, dtype = randomness.run_seed(), str(self.built_policy().compute_dtype)
         if counters["seed"] != seed:
-            raise ValueError(f"seed_everything: this run began with {counters['seed']}, not {seed}; use the same to resume")
+            raise ValueError(
+                f"seed_everything: this run began with {counters['seed']}, not {seed}; use the same to resume"
+            )
         if counters["compute_dtype"] != dtype:
             raise ValueError(
-                f"model.init_args.policy.compute_dtype: this run began in {counters['compute_dtype']} and would go on in "
-                f"{dtype}; set it to {counters['compute_dtype'].removeprefix('torch.')} to resume"
+                f"model.init_args.policy.compute_dtype: this run began in {counters['compute_dtype']} and would go on "
+                f"in {dtype}; set it to {counters['compute_dtype'].removeprefix('torch.')} to resume"
             )
         self.bad_steps = counters["bad_steps"]
 
@@ -337,5 +341,3 @@ class PostTrainModule(pl.LightningModule, ABC):
     def seed_iteration(self) -> None:
         """Seed the global generators for this iteration and rank; a resume seeds them alike."""
         randomness.seed_step(randomness.run_seed(), self.trainer.global_step, self.global_rank)
-
-

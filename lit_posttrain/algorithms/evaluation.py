@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lit_posttrain.metrics import ConsensusAtK, PassAtK
 from lit_posttrain.algorithms.samples import evaluation_markdown
+from lit_posttrain.metrics import ConsensusAtK, PassAtK
 from lit_posttrain.rewards.base import RewardFunction, Verifier, judge
 from lit_posttrain.rollout.collect import generate, to_samples
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams

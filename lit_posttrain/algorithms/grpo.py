@@ -20,7 +20,9 @@ class GRPO(OnlineModule):
     (2402.14740) and DeepSeek-R1-Zero (2501.12948) are settings of ``objective``.
     """
 
-    def advantages(self, rollout: Rollout, log_probs: Tensor | None, ref_log_probs: Tensor | None) -> Float[Tensor, " b"]:
+    def advantages(
+        self, rollout: Rollout, log_probs: Tensor | None, ref_log_probs: Tensor | None
+    ) -> Float[Tensor, " b"]:
         """A_i from the group's rewards, KL subtracted first where the objective puts it in the reward."""
         judgement = rollout.judgement
         rewards = self.objective.shaped_rewards(judgement.rewards, log_probs, ref_log_probs, rollout.mask)

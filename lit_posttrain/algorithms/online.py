@@ -3,9 +3,6 @@
 import time
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,24 +11,24 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_posttrain import gates, randomness
-from lit_posttrain.algorithms.base import Loss, PostTrainModule, StepResult
-from lit_posttrain.algorithms.evaluation import Evaluation, EvaluationConfig
+from lit_posttrain.algorithms.base import Loss, StepResult
+from lit_posttrain.algorithms.evaluation import EvaluationConfig
+from lit_posttrain.algorithms.measures import rollout_metrics, rollout_sums
+from lit_posttrain.algorithms.samples import as_markdown
+from lit_posttrain.algorithms.sampling import SamplingModule
 from lit_posttrain.batching import split, to_device
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.objective import Objective
 from lit_posttrain.policy import Policy, PolicyConfig
 from lit_posttrain.reference import Reference, ReferenceConfig
-from lit_posttrain.algorithms.measures import rollout_metrics, rollout_sums
-from lit_posttrain.algorithms.samples import as_markdown
 from lit_posttrain.rewards.base import RewardFunction, judge
 from lit_posttrain.rollout.collect import Rollout, assemble, generate, to_samples
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
-from lit_posttrain.rollout.reference import ReferenceEngine
 from lit_posttrain.sharding import all_reduce_sum, world_size
 from lit_posttrain.types import MicroBatch, PromptBatch
 
 
-class OnlineModule(PostTrainModule):
+class OnlineModule(SamplingModule):
     """Reinforcement learning on the policy's own samples; subclasses say ``advantages`` and ``loss``.
 
     Args:
@@ -70,7 +67,9 @@ class OnlineModule(PostTrainModule):
         token_budget: int = 4096,
         log_samples_every: int = 5,
     ):
-        super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
+        super().__init__(
+            policy, rewards, sampling, engine, evaluation, optimizer, scheduler, max_grad_norm, token_budget
+        )
         for name, value in (("num_epochs", num_epochs), ("num_minibatches", num_minibatches)):
             if value < 1:
                 raise ValueError(f"model.init_args.{name}: must be at least 1, is {value}")
@@ -80,38 +79,33 @@ class OnlineModule(PostTrainModule):
             )
         if sampling.temperature == 0:
             raise ValueError("model.init_args.sampling.temperature: 0 draws the same sample every time; set it above 0")
-        if not rewards:
-            raise ValueError("model.init_args.rewards: name at least one reward function")
         if reference.refresh_every is not None and objective.kl.coef == 0:
-            raise ValueError("model.init_args.reference.refresh_every: objective.kl.coef is 0, so nothing reads a reference")
+            raise ValueError(
+                "model.init_args.reference.refresh_every: objective.kl.coef is 0, so nothing reads a reference"
+            )
         if reference.refresh_every is not None and reference.model is not None and policy.lora is not None:
             raise ValueError("model.init_args.reference.refresh_every: with LoRA leave reference.model out")
         self.objective = objective
-        self.rewards = rewards
-        self.sampling = sampling
         self.group_size = group_size
-        self.engine = engine or ReferenceEngine()
         self.num_epochs = num_epochs
         self.num_minibatches = num_minibatches
         self.reference_config = reference
-        self.evaluation = Evaluation(evaluation, sampling, rewards)
         self.log_samples_every = log_samples_every
         self.num_tokens = 0.0
-        self.seconds: dict[str, float] = defaultdict(float)
         self.__dict__["reference"] = None  # not registered: out of optimizer, state_dict and checkpoint
 
     @abstractmethod
-    def advantages(self, rollout: Rollout, log_probs: Tensor | None, ref_log_probs: Tensor | None) -> Float[Tensor, " b"]:
+    def advantages(
+        self, rollout: Rollout, log_probs: Tensor | None, ref_log_probs: Tensor | None
+    ) -> Float[Tensor, " b"]:
         """The algorithm's credit rule: one number a completion of this rank's rollout."""
 
     # --- building ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Check the data against rewards and batch sizes before any model is loaded."""
+        super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        for function in self.rewards:
-            if data is not None and hasattr(data, "check_answers"):
-                data.check_answers(function.check_answer)
         if stage == "fit" and data is not None:
             total = data.batch_size * self.group_size
             if total % self.num_minibatches:
@@ -122,12 +116,9 @@ class OnlineModule(PostTrainModule):
 
     def prepare_policy(self, policy: Policy) -> None:
         """See that prompts and completions fit, and load the reference where the objective has a KL."""
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None and policy.context_length and hasattr(data, "check_fits"):
-            data.check_fits(policy.context_length, self.sampling.max_new_tokens)
+        super().prepare_policy(policy)
         if self.objective.needs_reference and self.trainer.state.fn == "fit":
             self.__dict__["reference"] = Reference(policy, self.reference_config)
-        self.engine.bind(self.tokenizer)
 
     def on_fit_start(self) -> None:
         """Place the reference beside the policy."""
@@ -141,12 +132,6 @@ class OnlineModule(PostTrainModule):
         loaded = self.__dict__.pop("_loaded_counters", None)
         if loaded is not None:
             self.restore_counters(loaded)
-
-    def teardown(self, stage: str) -> None:
-        """End what rewards and engine started."""
-        for function in self.rewards:
-            function.close()
-        self.engine.close()
 
     # --- one iteration ----------------------------------------------------------------------------------------
 
@@ -238,7 +223,9 @@ class OnlineModule(PostTrainModule):
     def _contributes(self, rollout: Rollout, advantages: Tensor, iteration: int) -> Tensor:
         """Rows whose gradient is not exactly zero. The others stay in every denominator but cost no forward."""
         counts = rollout.mask.any(-1)
-        if iteration < gates.GATED_ITERATIONS or (self.objective.needs_reference and self.objective.kl.placement == "loss"):
+        if iteration < gates.GATED_ITERATIONS or (
+            self.objective.needs_reference and self.objective.kl.placement == "loss"
+        ):
             return counts
         return counts & (advantages != 0)
 
@@ -248,7 +235,11 @@ class OnlineModule(PostTrainModule):
         log_probs = scored.log_probs
         first = "old_log_probs" not in batch.columns
         old = log_probs.detach() if first else batch.columns["old_log_probs"]
-        return log_probs, old, Loss(log_probs.sum() * 0, *rollout_sums(batch, log_probs.detach(), scored.entropy, first))
+        return (
+            log_probs,
+            old,
+            Loss(log_probs.sum() * 0, *rollout_sums(batch, log_probs.detach(), scored.entropy, first)),
+        )
 
     def _refresh_reference(self, iteration: int) -> None:
         every = self.reference_config.refresh_every
@@ -287,7 +278,7 @@ class OnlineModule(PostTrainModule):
     ) -> None:
         metrics = rollout_metrics(rollout, self.group_size, results, self.device)
         self.num_tokens += metrics.pop("tokens_processed")
-        metrics |= {"num_tokens": self.num_tokens, "step_time": seconds, "learning_rate": self._rate_after()}
+        metrics |= {"num_tokens": self.num_tokens, "step_time": seconds, "learning_rate": self.learning_rate()}
         metrics["epoch"] = self.trainer.current_epoch + self._epoch_fraction()
         tagged = {f"train/{name}": value for name, value in metrics.items()}
         tagged |= {f"time/{name}": value for name, value in self.seconds.items()}
@@ -301,93 +292,10 @@ class OnlineModule(PostTrainModule):
         if self.log_samples_every and (iteration == 0 or step % self.log_samples_every == 0):
             self._log_text("train/samples", as_markdown(rollout, advantages.tolist()), step)
 
-    def _rate_after(self) -> float:
-        return self.__dict__.get("_rate_before", self.learning_rate()) if self.make_scheduler is None else self.learning_rate()
-
     def _epoch_fraction(self) -> float:
         batches = self.trainer.num_training_batches
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         return done / batches if batches and batches != float("inf") else 0.0
-
-    def _log_text(self, tag: str, text: str, step: int) -> None:
-        writer = getattr(self.logger, "experiment", None)
-        if self.trainer.is_global_zero and writer is not None and hasattr(writer, "add_text"):
-            writer.add_text(tag, text, step)
-
-    @contextmanager
-    def _phase(self, name: str, total: int) -> Iterator[None]:
-        self.phase(name, total)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-    def _tick(self, finished: int) -> None:
-        if finished:
-            self.advance(finished)
-        if world_size() == 1:  # one rank that stopped alone would leave the others waiting
-            self.poll()
-
-    def _stop_ids(self) -> list[int]:
-        return self.sampling.stop_token_ids or self.built_policy().stop_token_ids
-
-    # --- evaluation -------------------------------------------------------------------------------------------
-
-    def on_validation_epoch_start(self) -> None:
-        """Begin an evaluation with the present weights."""
-        self.engine.sync(self.built_policy())
-        self.evaluation.begin(self.tokenizer, self._stop_ids(), self.device)
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Sample and judge held-out prompts."""
-        self.evaluation.add(self.engine, batch, randomness.run_seed(), self._tick_evaluation)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log pass@k and the rest, and write every sample and verdict."""
-        self._finish_evaluation("eval")
-
-    def on_test_epoch_start(self) -> None:
-        """Like validation."""
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Like validation."""
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Like validation."""
-        self._finish_evaluation("test")
-
-    def on_predict_epoch_start(self) -> None:
-        """Like validation; the samples are the product."""
-        self.on_validation_epoch_start()
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Sample and judge training prompts."""
-        self.validation_step(batch, batch_idx)
-
-    def on_predict_epoch_end(self) -> None:
-        """Write the samples, one JSON line each."""
-        self.evaluation.finish(self.run_dir() / "predictions", self.trainer.global_step, self.global_rank)
-
-    def _tick_evaluation(self, finished: int) -> None:
-        if world_size() == 1:
-            self.poll()
-
-    def _finish_evaluation(self, prefix: str) -> None:
-        step = self.trainer.global_step
-        if self.trainer.sanity_checking:
-            return
-        values, text = self.evaluation.finish(self.run_dir() / "evaluation", step, self.global_rank)
-        tagged = {f"{prefix}/{name}": value for name, value in values.items()}
-        # The callback metrics let schedulers, early stopping and progress bars see them.
-        self.log_dict({k: float(v) for k, v in tagged.items()}, logger=False, prog_bar=False, sync_dist=False)
-        if self.logger is not None:
-            self.logger.log_metrics(tagged, step=step)
-        self._log_text(f"{prefix}/samples", text, step)
-
-    def run_dir(self) -> Path:
-        """The run's folder."""
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 

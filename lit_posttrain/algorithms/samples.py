@@ -50,4 +50,6 @@ def _code(text: str) -> str:
 
 
 def _scores(scores: dict[str, Any]) -> str:
-    return " · ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in scores.items())
+    return " · ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in scores.items()
+    )

@@ -180,6 +180,13 @@ class PostTrainDataModule(LightningDataModule, ABC):
             )
 
 
+# What Lightning warns of and cannot know: no workers, so the length is exact; no held-out set was asked for; and the
+# position in the epoch is the DataModule's, which does resume.
+_ANSWERED_WARNINGS = (
+    "Your `IterableDataset` has `__len__` defined",
+    "Total length of `list` across ranks is zero",
+    "You're resuming from a checkpoint that ended before the epoch ended and your dataloader is not resumable",
+)
 _KEYS = {"seed": "seed_everything", "batch_size": "data.init_args.batch_size"}
 
 
@@ -204,7 +211,8 @@ class _Batches(IterableDataset):
 
 
 def _loader(datamodule: PostTrainDataModule, split: Split | None) -> DataLoader:
-    warnings.filterwarnings("ignore", "Your `IterableDataset` has `__len__` defined")  # no workers, so it is exact
+    for message in _ANSWERED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     # Without a generator of its own every new iterator would draw from torch's global one.
     return DataLoader(
         _Batches(datamodule, split),

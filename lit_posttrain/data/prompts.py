@@ -192,7 +192,7 @@ class VerifiablePrompts(PostTrainDataModule):
         """
         room = context_length - max_new_tokens
         lengths = [(len(p.prompt.token_ids), p.origin) for placed in self._placed.values() for p in placed]
-        longest, origin = max(lengths)
+        longest, origin = max(lengths, key=lambda each: each[0])
         if longest > room:
             raise ValueError(
                 f"model.init_args.sampling.max_new_tokens: {max_new_tokens} new tokens after the longest prompt "

@@ -175,7 +175,7 @@ class Renderer:
             counts["special_tokens"] += any(token in r.question for token in self.tokenizer.all_special_tokens)
             placed.append(Placed(prompt, r.origin))
         if long and self.on_long == "error":
-            longest, origin = max(long)
+            longest, origin = max(long, key=lambda each: each[0])
             raise ValueError(
                 f"data.init_args.max_prompt_length: {len(long)} prompts are longer than {self.max_length} tokens, the "
                 f"longest with {longest} at {origin}; raise it, or set data.init_args.long_prompts: drop"

@@ -27,6 +27,7 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<!\\)\\(?:[,;:! ]|q?quad(?![A-Za-z])|$)", " "),
         (r"~", " "),
         (r":=", "="),
+        (_TEXT + r"\s?([+-]?[\d.,]+%?)\s?\}", r"\1"),
         (r"\\(?:left|right|displaystyle|textstyle|bigl?|bigr?|Bigl?|Bigr?|limits)(?![A-Za-z])", ""),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\varnothing(?![A-Za-z])|\\\{\s{0,3}\\\}", r"\\emptyset "),

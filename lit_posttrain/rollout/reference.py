@@ -1,4 +1,4 @@
-"""The reference engine: HF's forward with HF's cache, for any architecture; slow, simple, and what others must equal."""
+"""The reference engine: HF's forward with HF's cache, for any architecture; simple, and what others must equal."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""One exact draw per row from a softmax, by inverse CDF: one uniform a token, no sort, no vocabulary of random numbers."""
+"""One exact draw a row from a softmax by inverse CDF: one uniform a token, no sort of the vocabulary."""
 
 from typing import NamedTuple
 

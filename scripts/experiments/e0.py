@@ -4,9 +4,9 @@ import itertools
 from typing import Any
 
 import numpy as np
-import tabular_policy as policy  # tests/, which reproduce.py puts on the path
+import tabular_policy as policy  # pyright: ignore[reportMissingImports]: tests/ is on reproduce.py's path
 import torch
-from oracles import tabular
+from oracles import tabular  # pyright: ignore[reportMissingImports]
 
 CLAIM = (
     "The policy-gradient objectives have the expected gradients that enumeration gives, converge to the optima known "
@@ -34,25 +34,25 @@ SAMPLED: dict[str, tuple[tuple[str, str, str, str, str], int, float, float]] = {
     "dr_grpo_k2_g8": (("group_mean", "none", "constant", "k2", "loss"), 8, 1.098921, 1.611804),
     "dr_grpo_k3_g8": (("group_mean", "none", "constant", "k3", "loss"), 8, 1.060654, 1.514375),
 }
-STEPS, GROUPS, LR = 1500, 64, 2.0
+STEPS, GROUPS, LR = 800, 64, 2.0
 
 
-def gradient_error(seed: int) -> float:
-    """Largest deviation from enumeration over all combinations, at a random policy, for groups of two."""
+def gradient_error(seed: int, combinations: slice = slice(None)) -> float:
+    """Largest deviation from enumeration over the 162 combinations, at a random policy, for groups of two."""
     noise = torch.randn(7, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     theta = policy.THETA_REF + 0.7 * noise
     worst = 0.0
-    for baseline, scale, aggregation in itertools.product(BASELINES, SCALES, AGGREGATIONS):
-        for estimator, placement in itertools.product(ESTIMATORS, ("loss", "reward")):
-            o = policy.objective(baseline, scale, aggregation, estimator, placement, BETA)
-            ours = policy.expected_loss_gradient(o, theta, 2)
-            theirs = tabular.expected_loss_gradient(
-                theta.numpy(),
-                group=2,
-                **{"baseline": baseline, "scale": scale, "aggregation": aggregation},
-                **{"estimator": estimator, "placement": placement, "coef": BETA},
-            )
-            worst = max(worst, float(np.abs(ours.numpy() - theirs).max()))
+    choices = itertools.product(BASELINES, SCALES, AGGREGATIONS, ESTIMATORS, ("loss", "reward"))
+    for baseline, scale, aggregation, estimator, placement in list(choices)[combinations]:
+        o = policy.objective(baseline, scale, aggregation, estimator, placement, BETA)
+        ours = policy.expected_loss_gradient(o, theta, 2)
+        theirs = tabular.expected_loss_gradient(
+            theta.numpy(),
+            group=2,
+            **{"baseline": baseline, "scale": scale, "aggregation": aggregation},
+            **{"estimator": estimator, "placement": placement, "coef": BETA},
+        )
+        worst = max(worst, float(np.abs(ours.numpy() - theirs).max()))
     return worst
 
 
@@ -81,11 +81,13 @@ def sampled_run(settings: tuple[str, str, str, str, str], group: int, seed: int,
 
 
 def run(seeds: list[int], quick: bool) -> list[dict[str, Any]]:
-    """All of the above for each seed; quick leaves out the sampled runs but one, short."""
-    exact = {f"exact_{e}_{p}": exact_fixed_point(e, p) for e, p in EXACT}
+    """All of the above for each seed; quick takes a few combinations, one fixed point and one short sampled run."""
+    points = [("k1", "reward")] if quick else list(EXACT)
+    exact = {f"exact_{e}_{p}": exact_fixed_point(e, p) for e, p in points}
+    combinations = slice(None, None, 13) if quick else slice(None)
     out = []
     for seed in seeds:
-        figures: dict[str, Any] = {"seed": seed, "gradient_error": gradient_error(seed), **exact}
+        figures: dict[str, Any] = {"seed": seed, "gradient_error": gradient_error(seed, combinations), **exact}
         for name in ["rloo_k1_reward"] if quick else SAMPLED:
             settings, group, _, _ = SAMPLED[name]
             j, reward = sampled_run(settings, group, seed, 100 if quick else STEPS)
@@ -98,7 +100,7 @@ def passed(figures: list[dict[str, Any]]) -> bool:
     """Whether every seed meets CRITERION."""
     return bool(figures) and all(
         f["gradient_error"] < 1e-6
-        and all(abs(f[f"exact_{e}_{p}"] - j) < 1e-5 for (e, p), j in EXACT.items())
+        and all(abs(f.get(f"exact_{e}_{p}", 9.0) - j) < 1e-5 for (e, p), j in EXACT.items())
         and all(abs(f.get(f"{name}_J", 9.0) - j) < 0.02 for name, (_, _, j, _) in SAMPLED.items())
         and all(abs(f.get(f"{name}_reward", 9.0) - r) < 0.05 for name, (_, _, _, r) in SAMPLED.items())
         for f in figures

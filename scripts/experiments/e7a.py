@@ -13,8 +13,8 @@ CLAIM = (
     "Dr. GRPO's constant divisor moves neither."
 )
 CRITERION = (
-    "after 200 steps every seed's expected length is 58.3 +- 1 (wrong) and 1.02 +- .05 (right) under GRPO, and 10.0 +- 1 for "
-    "both under Dr. GRPO"
+    "after 200 steps every seed's expected length is 58.3 +- 1 (wrong) and 1.02 +- .05 (right) under GRPO, and "
+    "10.1 +- 1 for both under Dr. GRPO"
 )
 SEEDS = [0, 1, 2, 3, 4]
 
@@ -94,7 +94,7 @@ def passed(figures: list[dict[str, Any]]) -> bool:
     return bool(figures) and all(
         abs(f["grpo_wrong"] - 58.3) < 1
         and abs(f["grpo_right"] - 1.02) < 0.05
-        and abs(f["dr_wrong"] - 10.0) < 1
-        and abs(f["dr_right"] - 10.0) < 1
+        and abs(f["dr_wrong"] - 10.1) < 1
+        and abs(f["dr_right"] - 10.1) < 1
         for f in figures
     )

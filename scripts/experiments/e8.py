@@ -31,7 +31,7 @@ def predicted(p: float, group_size: int = GROUP_SIZE) -> float:
 
 
 def gradient(scale: str, logit: Tensor, right: Tensor) -> float:
-    """d loss / d logit of one prompt: the answer is one token, right with probability sigmoid(logit)."""
+    """D loss / d logit of one prompt: the answer is one token, right with probability sigmoid(logit)."""
     objective = Objective(
         advantage=AdvantageConfig(baseline="group_mean", scale=scale),  # type: ignore[arg-type]
         ratio=RatioConfig(level="token", clip_low=0.2, clip_high=0.2),

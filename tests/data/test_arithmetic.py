@@ -37,7 +37,7 @@ def test_numbers_are_different_and_reach_both_ends(function: Callable[..., dict[
 
 
 @pytest.mark.parametrize(
-    "function, arguments",
+    ("function", "arguments"),
     [
         (largest_number, {"count": 6, "maximum": 5}),
         (sort_numbers, {"count": 1}),
@@ -46,5 +46,5 @@ def test_numbers_are_different_and_reach_both_ends(function: Callable[..., dict[
     ],
 )
 def test_what_cannot_be_drawn(function: Callable[..., dict[str, Any]], arguments: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="different numbers|digits: must be at least 1"):
+    with pytest.raises(ValueError, match=r"different numbers|digits: must be at least 1"):
         function(random.Random(0), **arguments)

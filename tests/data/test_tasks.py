@@ -61,7 +61,7 @@ def test_generators_that_execute_answers_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, config, message",
+    ("name", "config", "message"),
     [
         ("chainsum", {}, r"init_args.name: reasoning-gym has no 'chainsum' \(did you mean 'chain_sum'\?\)"),
         ("chain_sum", {"min_term": 2}, r"config.min_term: .* \(did you mean 'min_terms'\?\); it has min_terms"),
@@ -85,7 +85,7 @@ def test_errors_of_a_users_function_name_it() -> None:
         PythonTask(addition, arguments={"digit": 2}).example(4)
     with pytest.raises(ValueError, match=r"addition\(rng, .* raised ValueError at index 0: cannot draw"):
         PythonTask(addition, arguments={"digits": 1, "terms": 20}).example(0)
-    with pytest.raises(ValueError, match="_no_dict.* returned str, not a dict"):
+    with pytest.raises(ValueError, match=r"_no_dict.* returned str, not a dict"):
         PythonTask(_no_dict).example(0)
 
 
@@ -116,7 +116,7 @@ def test_distinct_examples_fill_both_sets() -> None:
 
 
 @pytest.mark.parametrize(
-    "function, message",
+    ("function", "message"),
     [
         (_only_question, r"PythonTask.example\(0\) must have question \(text\) and answer"),
         (_from_elsewhere, r"example\(0\) differs from call to call"),

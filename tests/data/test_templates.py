@@ -17,7 +17,8 @@ def text_of(template: Template, question: str, tokenizer: PreTrainedTokenizerFas
 def test_r1_zero_is_table_1_of_the_paper_word_for_word(tokenizer: PreTrainedTokenizerFast) -> None:
     assert text_of(Template(kind="r1_zero", prefill=" <think>"), "What is 1 + 1?", tokenizer) == (
         "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
-        "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
+        "The assistant first thinks about the reasoning process in the mind and then provides the user with the "
+        "answer. "
         "The reasoning process and answer are enclosed within <think>...</think> and <answer>...</answer> tags, "
         "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
         "User: What is 1 + 1?. Assistant: <think>"
@@ -140,7 +141,7 @@ MESSAGES = [{"role": "user", "content": "u"}]
 
 
 @pytest.mark.parametrize(
-    "template, question, message",
+    ("template", "question", "message"),
     [
         (Template(kind="plain"), MESSAGES, "list of messages: set data.init_args.template.kind: chat, not plain"),
         (Template(kind="r1_zero"), MESSAGES, "list of messages: set data.init_args.template.kind: chat"),
@@ -165,7 +166,7 @@ def test_prompts_a_template_cannot_render(
 
 
 def test_chat_needs_a_chat_template(make_tokenizer: MakeTokenizer) -> None:
-    with pytest.raises(ValueError, match="data.init_args.template.kind: chat needs a chat template.*set kind: plain"):
+    with pytest.raises(ValueError, match=r"data.init_args.template.kind: chat needs a chat template.*set kind: plain"):
         Template(kind="chat").render("q", make_tokenizer(chat=False))
 
 
@@ -177,7 +178,7 @@ def test_a_refusal_of_the_chat_template_is_readable(make_tokenizer: MakeTokenize
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"kind": "plain", "instruction": "Answer."}, "template.instruction: must contain {question}"),
         ({"kind": "r1_zero", "system": "s"}, "template.system: only kind chat"),

@@ -165,3 +165,9 @@ def test_nothing_counted_has_no_moments() -> None:
     x, mask = torch.full((2, 2), math.nan), torch.zeros(2, 2, dtype=torch.bool)
     assert masked_mean(x, mask).item() == masked_variance(x, mask, 1).item() == 0
     assert masked_whiten(x, mask).eq(0).all()
+
+
+def test_equal_values_whiten_to_zero() -> None:
+    """Without eps inside the root this is 0 * inf."""
+    assert masked_whiten(torch.full((2, 3), 0.7), torch.ones(2, 3, dtype=torch.bool)).abs().max() < 1e-2
+    assert masked_whiten(torch.full((2, 3), 2.0), torch.ones(2, 3, dtype=torch.bool)).eq(0).all()

@@ -43,6 +43,14 @@ def test_clip_gradients(rho: float, advantage: float, expected: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rho", "advantage", "expected"), [(1.25, 1, 1.25), (1.3, 1, 0), (0.85, -1, -0.85), (0.75, -1, 0)]
+)
+def test_each_bound_has_its_own_width(rho: float, advantage: float, expected: float) -> None:
+    """The "clip higher" of DAPO (2503.14476): 0.2 below and 0.28 above; with the two swapped 1.25 would be clipped."""
+    assert one(rho, advantage, 0.2, 0.28) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
     ("rho", "advantage", "expected"), [(12, 1, 0), (10.9, 1, 10.9), (1e-6, -1, -1e-6), (12, -1, -12), (0.01, 1, 0.01)]
 )
 def test_a_clip_of_ten_binds_only_above(rho: float, advantage: float, expected: float) -> None:

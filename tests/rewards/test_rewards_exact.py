@@ -15,7 +15,7 @@ def integer(completion, gold="25", **kwargs):
 
 
 @pytest.mark.trap(38)
-@pytest.mark.parametrize("text", ["25", "025", "+25", " 25 ", "25.", "25.0", "$25$", "\\text{25}", "2{5}"][:7])
+@pytest.mark.parametrize("text", ["25", "025", "+25", " 25 ", "25.", "25.0", "$25$", "\\text{25}"])
 def test_integer_spellings(text):
     assert integer(f"\\boxed{{{text}}}").score == 1.0
 

@@ -1,0 +1,158 @@
+"""Sampling prompts and judging the samples: what training, evaluation and prediction share."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+
+from lit_posttrain import randomness
+from lit_posttrain.algorithms.base import PostTrainModule
+from lit_posttrain.algorithms.evaluation import Evaluation, EvaluationConfig
+from lit_posttrain.policy import Policy, PolicyConfig
+from lit_posttrain.rewards.base import RewardFunction
+from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
+from lit_posttrain.rollout.reference import ReferenceEngine
+from lit_posttrain.sharding import world_size
+from lit_posttrain.types import PromptBatch
+
+
+class SamplingModule(PostTrainModule):
+    """A policy whose completions are judged: evaluation for every algorithm that can be sampled.
+
+    Args:
+        policy: The network that is trained.
+        rewards: Judge the samples; their weighted scores add up to the reward.
+        sampling: How completions are drawn.
+        engine: Generates the completions; the reference engine by default.
+        evaluation: How held-out prompts are sampled and scored.
+        optimizer: Gets the trainable parameters.
+        scheduler: Learning-rate schedule, stepped once an iteration.
+        max_grad_norm: Gradients are clipped to this global norm; null leaves them.
+        token_budget: Most tokens, padding included, in one forward pass. Sets memory, never the objective.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        rewards: list[RewardFunction],
+        sampling: SamplingParams,
+        engine: RolloutEngine | None,
+        evaluation: EvaluationConfig,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None,
+        max_grad_norm: float | None,
+        token_budget: int,
+    ):
+        super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
+        if not rewards:
+            raise ValueError("model.init_args.rewards: name at least one reward function")
+        self.rewards = rewards
+        self.sampling = sampling
+        self.engine = engine or ReferenceEngine()
+        self.evaluation = Evaluation(evaluation, sampling, rewards)
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def setup(self, stage: str) -> None:
+        """Hold every gold answer against the rewards before any model is loaded."""
+        data = getattr(self.trainer, "datamodule", None)
+        for function in self.rewards:
+            if data is not None and hasattr(data, "check_answers"):
+                data.check_answers(function.check_answer)
+
+    def prepare_policy(self, policy: Policy) -> None:
+        """See that prompts and completions fit into the model."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and policy.context_length and hasattr(data, "check_fits"):
+            data.check_fits(policy.context_length, self.sampling.max_new_tokens)
+        self.engine.bind(self.tokenizer)
+
+    def teardown(self, stage: str) -> None:
+        """End what rewards and engine started."""
+        for function in self.rewards:
+            function.close()
+        self.engine.close()
+
+    # --- evaluation -------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin an evaluation with the present weights."""
+        self.engine.sync(self.built_policy())
+        self.evaluation.begin(self.tokenizer, self._stop_ids(), self.device)
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Sample and judge held-out prompts."""
+        self.evaluation.add(self.engine, batch, randomness.run_seed(), self._tick_evaluation)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log pass@k and the rest, and write every sample and verdict."""
+        self._finish_evaluation("eval")
+
+    def on_test_epoch_start(self) -> None:
+        """Like validation."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Like validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Like validation."""
+        self._finish_evaluation("test")
+
+    def on_predict_epoch_start(self) -> None:
+        """Like validation; the samples are the product."""
+        self.on_validation_epoch_start()
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Sample and judge training prompts."""
+        self.validation_step(batch, batch_idx)
+
+    def on_predict_epoch_end(self) -> None:
+        """Write the samples, one JSON line each."""
+        self.evaluation.finish(self.run_dir() / "predictions", self.trainer.global_step, self.global_rank)
+
+    def _tick_evaluation(self, finished: int) -> None:
+        if world_size() == 1:
+            self.poll()
+
+    def _finish_evaluation(self, prefix: str) -> None:
+        step = self.trainer.global_step
+        if self.trainer.sanity_checking:
+            return
+        values, text = self.evaluation.finish(self.run_dir() / "evaluation", step, self.global_rank)
+        tagged = {f"{prefix}/{name}": value for name, value in values.items()}
+        # The callback metrics let schedulers, early stopping and progress bars see them.
+        self.log_dict({k: float(v) for k, v in tagged.items()}, logger=False, prog_bar=False, sync_dist=False)
+        if self.logger is not None:
+            self.logger.log_metrics(tagged, step=step)
+        self._log_text(f"{prefix}/samples", text, step)
+
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.trainer.log_dir or self.trainer.default_root_dir)
+
+    # --- helpers ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _phase(self, name: str, total: int) -> Iterator[None]:
+        self.phase(name, total)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def _log_text(self, tag: str, text: str, step: int) -> None:
+        writer = getattr(self.logger, "experiment", None)
+        if self.trainer.is_global_zero and writer is not None and hasattr(writer, "add_text"):
+            writer.add_text(tag, text, step)
+
+    def _tick(self, finished: int) -> None:
+        if finished:
+            self.advance(finished)
+        if world_size() == 1:  # one rank that stopped alone would leave the others waiting
+            self.poll()
+
+    def _stop_ids(self) -> list[int]:
+        return self.sampling.stop_token_ids or self.built_policy().stop_token_ids
