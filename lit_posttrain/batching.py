@@ -1,6 +1,7 @@
 """From rows to micro-batches within a token budget: how memory is bounded without touching the objective."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -24,10 +25,12 @@ def split(
     columns: dict[str, Tensor],
     token_budget: int,
     rows: Int[Tensor, " n"] | None = None,
+    *,
+    packed: bool = False,
 ) -> list[MicroBatch]:
-    """Micro-batches of rows alike in length, each of at most ``token_budget`` padded tokens.
+    """Micro-batches of at most ``token_budget`` tokens: rows alike in length, or where packed of the same prompt.
 
-    A row longer than the budget goes alone. The order depends on lengths and indices only.
+    A row longer than the budget goes alone. The order depends on the rows only.
 
     Args:
         sequences: All rows.
@@ -35,8 +38,11 @@ def split(
         columns: Per-token ``[b, t]`` or per-row ``[b]`` tensors.
         token_budget: Most tokens, padding included, that go through the network at once.
         rows: Which rows to take; all by default.
+        packed: Count tokens as the policy's packed rows hold them, a shared prompt once.
     """
     chosen = torch.arange(len(sequences.ids)) if rows is None else rows
+    if packed:
+        return [take(sequences, mask, columns, index) for index in _by_prompt(sequences, chosen, token_budget)]
     lengths = sequences.lengths[chosen].tolist()
     order = sorted(range(len(chosen)), key=lambda i: (-lengths[i], i))
     batches, group = [], []
@@ -49,6 +55,30 @@ def split(
     if group:
         batches.append(chosen[group])
     return [take(sequences, mask, columns, index) for index in batches]
+
+
+def _by_prompt(sequences: Sequences, chosen: Int[Tensor, " n"], token_budget: int) -> list[Int[Tensor, " m"]]:
+    prompts, lengths = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row in chosen.tolist():
+        groups.setdefault(tuple(sequences.ids[row, : prompts[row]].tolist()), []).append(row)
+    batches: list[list[int]] = [[]]
+    full = 0  # tokens of the groups in the batch that are complete
+    for rows in groups.values():
+        rows.sort(key=lambda r: (-lengths[r], r))
+        members: list[int] = []
+        for row in rows:
+            prompt = prompts[row]
+            if (
+                batches[-1]
+                and full + packed_tokens(prompt, [lengths[r] - prompt for r in [*members, row]]) > token_budget
+            ):
+                batches.append([])
+                full, members = 0, []
+            members.append(row)
+            batches[-1].append(row)
+        full += packed_tokens(prompts[rows[0]], [lengths[r] - prompts[r] for r in members])
+    return [torch.tensor(batch) for batch in batches if batch]
 
 
 def take(
@@ -76,3 +106,65 @@ def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
     sequences = Sequences(*(x.to(device) for x in batch.sequences))
     columns = {name: c.to(device) for name, c in batch.columns.items()}
     return MicroBatch(sequences, batch.mask.to(device), columns, batch.rows)
+
+
+class Group(NamedTuple):
+    """One prompt and its completions in a packed row, in tokens.
+
+    Attributes:
+        start: Where the prompt begins.
+        prompt: Its length.
+        rows: Number of completions after it.
+        width: What each is padded to.
+    """
+
+    start: int
+    prompt: int
+    rows: int
+    width: int
+
+
+class PackedRow(NamedTuple):
+    """Sequences as one row ``[prompt | its completions, each padded to the longest] [next prompt | ...]``.
+
+    Attributes:
+        ids: Token ids.
+        positions: Position of each within its own sequence.
+        groups: The layout.
+        states: For every scored position of the sequences, where in the row the state stands that predicts its token.
+    """
+
+    ids: Int[Tensor, "1 n"]
+    positions: Int[Tensor, "1 n"]
+    groups: list[Group]
+    states: Int[Tensor, "b t"]
+
+
+def pack(sequences: Sequences) -> PackedRow:
+    """One row of all sequences; those with the same prompt share it."""
+    prompts, lengths = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
+    members: dict[tuple[int, ...], list[int]] = {}
+    for row, length in enumerate(prompts):
+        members.setdefault(tuple(sequences.ids[row, :length].tolist()), []).append(row)
+    ids, positions, groups, start = [], [], [], 0
+    states = torch.zeros_like(sequences.ids[:, 1:])
+    for prompt, rows in members.items():
+        p, width = len(prompt), max(lengths[row] for row in rows) - len(prompt)
+        block = sequences.ids.new_zeros(len(rows), width)
+        for i, row in enumerate(rows):
+            own = lengths[row] - p
+            block[i, :own] = sequences.ids[row, p : p + own]
+            # The prompt's last state predicts the first token, every completion token's the one after it.
+            first = start + p + i * width
+            states[row, p - 1] = start + p - 1
+            states[row, p : p + own - 1] = torch.arange(first, first + own - 1, device=states.device)
+        ids += [sequences.ids[rows[0], :p], block.flatten()]
+        positions += [torch.arange(p), torch.arange(p, p + width).repeat(len(rows))]
+        groups.append(Group(start, p, len(rows), width))
+        start += p + len(rows) * width
+    return PackedRow(torch.cat(ids)[None], torch.cat(positions)[None].to(sequences.ids.device), groups, states)
+
+
+def packed_tokens(prompt: int, completions: list[int]) -> int:
+    """Tokens that a prompt of this length and its completions take in a packed row."""
+    return prompt + len(completions) * max(completions, default=0)

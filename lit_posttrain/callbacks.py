@@ -205,9 +205,6 @@ class CheckpointEvery(Checkpoint):
         for logger in trainer.loggers:
             # What is still queued when the process is killed would be a hole in the curves of a resumed run.
             logger.save()
-            flush = getattr(getattr(logger, "experiment", None), "flush", None)
-            if callable(flush):
-                flush()
         # Before the state is dumped: asking may save an artefact, whose name the state then holds.
         artefacts = list(getattr(pl_module, "checkpoint_artefacts", list)())
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)

@@ -121,6 +121,8 @@ class PostTrainCLI(LightningCLI):
         trainer = config["trainer"].as_dict()
         resume = cli_resume.resolve(config.get("ckpt_path"), trainer)
         if resume is None:
+            if self.argv[0] == "fit":
+                cli_resume.require_new_folder(trainer)
             return
         checkpoint = resume.checkpoint
         now = yaml.safe_load(self._parser(self.argv[0]).dump(config, skip_none=False))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lit_posttrain.checkpoint import Checkpoint, last_checkpoint, newest_checkpoint
+from lit_posttrain.checkpoint import Checkpoint, checkpoints_folder, last_checkpoint, newest_checkpoint
 from lit_posttrain.cli_config import UserError
 
 NOTHING_TO_RESUME = 4
@@ -46,6 +46,26 @@ def runs_folder(trainer: Mapping[str, Any]) -> tuple[Path, str | int | None]:
     arguments = (first.get("init_args") or {}) if isinstance(first, Mapping) else {}
     root = arguments.get("save_dir") or trainer.get("default_root_dir") or "."
     return Path(root, arguments.get("name", "lightning_logs") or ""), arguments.get("version")
+
+
+def require_new_folder(trainer: Mapping[str, Any]) -> None:
+    """A run that starts anew does not write over the ``config.yaml`` of one that can be resumed.
+
+    Args:
+        trainer: As in :func:`runs_folder`.
+
+    Raises:
+        UserError: The logger's ``version`` names a run with checkpoints.
+    """
+    if trainer.get("logger") is False:
+        return
+    folder, version = runs_folder(trainer)
+    run = folder / (version if isinstance(version, str) else f"version_{version}")
+    if version is not None and next(checkpoints_folder(run).glob("step-*"), None) is not None:
+        raise UserError(
+            f"{run} holds the checkpoints of a run already: go on with it (--ckpt_path last), or leave the logger's "
+            "version out to start a new one"
+        )
 
 
 def last(trainer: Mapping[str, Any]) -> Checkpoint:

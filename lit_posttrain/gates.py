@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 GATED_ITERATIONS = 2
+_FINGERPRINT_PART = 2**20
 # Mean |log p_engine - log p_trainer| per token. Two fp32 forwards agree to 1e-5; two bf16 ones differ by about 0.04,
 # and a wrong temperature, mask or position by far more than either bound.
 MISMATCH_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
@@ -59,6 +60,16 @@ def require_some_valid(names: list[str], verdict_counts: list[dict[str, int]], a
             raise GateError(f"reward function {name} gave only invalid verdicts in this iteration ({reasons})")
 
 
+def require_valid_sample(names: list[str], verdict_counts: list[dict[str, int]], valid: int) -> None:
+    """At least one sample of the iteration has a reward."""
+    if not valid:
+        given = ", ".join(f"{name}: {reasons}" for name, reasons in zip(names, verdict_counts, strict=True))
+        raise GateError(
+            f"no sample of this iteration has a reward ({given}): for each one some reward function failed or none "
+            "applies; look at model.init_args.rewards and at the data's columns"
+        )
+
+
 def warn_nothing_to_learn(mixed_groups: int, stopped: int, completions: int) -> None:
     """Say when the first rollouts give no signal."""
     if mixed_groups == 0:
@@ -81,8 +92,10 @@ def fingerprint(parameters: Iterable[Tensor]) -> list[int]:
     for p in parameters:
         local = p.detach()
         local = getattr(local, "to_local", lambda local=local: local)()
-        bits = local.contiguous().view(torch.int32 if local.element_size() == 4 else torch.int16)
-        # Weighted by position, so that swapped values count as a change too.
-        weights = torch.arange(bits.numel(), device=bits.device) % 65521 + 1
-        sums.append(int((bits.flatten().long() * weights).sum()))
+        bits = local.contiguous().view(torch.int32 if local.element_size() == 4 else torch.int16).flatten()
+        # Weighted by position, so that swapped values count as a change too; in parts, because int64 copies of a
+        # whole embedding would take several times its memory.
+        weights = torch.arange(1, min(bits.numel(), _FINGERPRINT_PART) + 1, device=bits.device)
+        parts = bits.split(_FINGERPRINT_PART)
+        sums.append(sum(int((part.long() * weights[: len(part)]).sum()) * (i + 1) for i, part in enumerate(parts)))
     return sums

@@ -33,7 +33,14 @@ def model_folder(name: str, key: str, *, revision: str | None = None, weights: b
 
 def _download(name: str, key: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         # from_pretrained would retry for a minute and a half when the hub is unreachable; this fails at once.
@@ -45,6 +52,12 @@ def _download(name: str, key: str, revision: str | None) -> Path:
                 allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
             )
         )
+    except HFValidationError as error:
+        raise ValueError(f"{key}: there is no folder {name!r}, and it is not a hub name either") from error
+    except GatedRepoError as error:
+        raise ValueError(f"{key}: the hub gives {name!r} only to accounts that accepted its terms; log in") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{key}: {name!r} has no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:
         raise ValueError(f"{key}: no folder and no hub repository is called {name!r}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

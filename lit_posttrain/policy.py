@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_posttrain.functional.log_probs import TokenLogProbs, token_log_probs
+from lit_posttrain import attention, scoring
+from lit_posttrain.functional.log_probs import TokenLogProbs
 from lit_posttrain.model_files import model_folder
 from lit_posttrain.precision import ComputeDtype, ComputeView, resolve_dtype
 from lit_posttrain.types import Sequences
@@ -76,18 +78,29 @@ def load_network(model: str, key: str = "model.init_args.policy.model", revision
     works only in training mode, and ``from_pretrained`` returns eval mode, so the mode is set here, explicitly.
     """
     folder = model_folder(model, key, revision=revision, weights=True)
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    try:
+        network, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{key}: {folder} cannot be loaded as a causal language model ({error})") from error
+    if missing := sorted(found["missing_keys"]):
+        # from_pretrained would only warn, and go on with random numbers in their place.
+        raise ValueError(
+            f"{key}: the files in {folder} lack {len(missing)} of the weights of a {type(network).__name__}, "
+            f"{missing[0]} among them"
+        )
     disable_dropout(network)
     return network.train()
 
 
 def disable_dropout(network: nn.Module) -> None:
-    """Set every dropout probability to 0, those that attention functions read from attributes included."""
+    """Set every dropout probability to 0, those that functions read from attributes included (layer drop too)."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and name in ("attention_dropout", "dropout", "attn_dropout", "resid_dropout"):
+            if isinstance(value, float) and ("drop" in name or name == "jitter_noise"):
                 setattr(module, name, 0.0)
 
 
@@ -108,7 +121,10 @@ class Policy(nn.Module):
         network = load_network(config.model, revision=config.revision)
         self.stop_token_ids = _stop_token_ids(network)
         self.context_length: int | None = getattr(network.config, "max_position_embeddings", None)
-        _check_head(network)
+        scoring.check_network(network)
+        # Before adapters and the compute view, which copy the setting.
+        self.shares_prompts = scoring.share_prompts(network)
+        self.window = attention.window_of(network)
         self.model: nn.Module = add_lora(network, config.lora) if config.lora else network
         if config.gradient_checkpointing:
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -139,23 +155,17 @@ class Policy(nn.Module):
     ) -> TokenLogProbs:
         """Log p(token i+1 | tokens up to i) at ``temperature`` where ``mask`` is True, 0 elsewhere; fp32 ``[b, t]``.
 
-        Rows are right-padded and attention is causal, so no real token ever sees padding and no attention mask is
-        needed. Only masked positions reach the vocabulary head.
+        Rows of one prompt compute it once, where the architecture allows. Only masked positions reach the
+        vocabulary head.
         """
         network = _causal_lm(self._view().module)
+        packed = self.packs(int(sequences.lengths.max()))
         with _adapters(network, adapters):
-            hidden = _decoder(network)(input_ids=sequences.ids, use_cache=False).last_hidden_state
-        head = network.get_output_embeddings()
-        return token_log_probs(
-            hidden,
-            head.weight,
-            sequences.ids,
-            temperature,
-            mask=mask,
-            bias=getattr(head, "bias", None),
-            with_entropy=with_entropy,
-            **_logit_transform(network.config),
-        )
+            return scoring.log_probs(network, sequences, mask, temperature, packed=packed, with_entropy=with_entropy)
+
+    def packs(self, longest: int) -> bool:
+        """Whether sequences of up to so many tokens go through the network in packed rows."""
+        return self.shares_prompts and (self.window is None or longest <= self.window)
 
     def next_logits(
         self,
@@ -200,8 +210,9 @@ class Policy(nn.Module):
         if self.config.lora is None:
             _causal_lm(self.model).save_pretrained(out)
             return
-        # Merging in place and undoing it drifts; a copy is merged instead.
-        copy.deepcopy(self.model).merge_and_unload().save_pretrained(out)  # pyright: ignore[reportCallIssue]
+        # Merging in place and undoing it drifts; a copy is merged instead. Its base may be bf16 (the compute view
+        # shares it), in which a small adapter would round away.
+        copy.deepcopy(self.model).float().merge_and_unload().save_pretrained(out)  # pyright: ignore[reportCallIssue]
 
     def _view(self) -> ComputeView:
         if self.__dict__["view"] is None:
@@ -210,17 +221,15 @@ class Policy(nn.Module):
 
 
 def add_lora(network: PreTrainedModel, config: LoraConfig) -> nn.Module:
-    """Freeze the network and put adapters on it; the vocabulary head stays as it is.
+    """Freeze the network and put adapters on it; vocabulary head and embeddings stay as they are.
 
     Raises:
-        ValueError: The target names the head, or no module at all.
+        ValueError: The target names the head or the embeddings, or no module at all.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-    if any(t in ("lm_head", "embed_out") for t in targets):
-        raise ValueError("model.init_args.policy.lora.target_modules: the vocabulary head cannot carry an adapter")
     peft_config = PeftLoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
@@ -229,9 +238,16 @@ def add_lora(network: PreTrainedModel, config: LoraConfig) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(network, peft_config).train()
+        adapted = get_peft_model(network, peft_config).train()
     except ValueError as error:
         raise ValueError(f"model.init_args.policy.lora: {error}") from error
+    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    if isinstance(head, BaseTunerLayer) or isinstance(embedding, BaseTunerLayer):
+        raise ValueError(
+            "model.init_args.policy.lora.target_modules: the vocabulary head and the token embeddings cannot carry "
+            f"an adapter, but {config.target_modules!r} matches one of them"
+        )
+    return adapted
 
 
 @contextmanager
@@ -258,43 +274,6 @@ def _causal_lm(model: nn.Module) -> PreTrainedModel:
     network = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # pyright: ignore
     assert isinstance(network, PreTrainedModel)
     return network
-
-
-def _decoder(network: PreTrainedModel) -> nn.Module:
-    return getattr(network, network.base_model_prefix)
-
-
-def _logit_transform(config: Any) -> dict[str, float | None]:
-    """What stands between head and logits: Gemma caps them, Cohere and Granite scale them."""
-    scale = getattr(config, "logit_scale", None)
-    if scale is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
-        scale = 1.0 / divisor
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "scale": scale}
-
-
-@torch.no_grad()
-def _check_head(network: PreTrainedModel) -> None:
-    """Refuse an architecture whose logits are not what the chunked head computes from its hidden states."""
-    ids = torch.arange(1, 9)[None] % network.config.get_text_config().vocab_size
-    sequences = Sequences(ids, torch.ones(1, dtype=torch.long), torch.full((1,), 8))
-    try:
-        expected = network(input_ids=ids).logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-        hidden = _decoder(network)(input_ids=ids, use_cache=False).last_hidden_state
-        head = network.get_output_embeddings()
-        ours = token_log_probs(
-            hidden, head.weight, ids, 1.0, mask=sequences.completion_mask(),
-            bias=getattr(head, "bias", None), **_logit_transform(network.config),
-        ).log_probs  # fmt: skip
-    except (AttributeError, TypeError) as error:
-        raise ValueError(
-            f"model.init_args.policy.model: {type(network).__name__} has no decoder and head as expected ({error})"
-        ) from error
-    if not torch.allclose(expected, ours, atol=1e-3):
-        gap = (expected - ours).abs().max().item()
-        raise ValueError(
-            f"model.init_args.policy.model: {type(network).__name__} computes its logits in a way that the chunked "
-            f"log-probability head does not reproduce (log-probabilities differ by {gap:.3g})"
-        )
 
 
 def _stop_token_ids(network: PreTrainedModel) -> list[int]:

@@ -54,11 +54,18 @@ class Reference:
         self.adapters: dict[str, Tensor] | None = None
         self.network: Policy | None = None
         self._saved: str | None = None
+        if policy.config.lora is not None and None not in (config.model, config.refresh_every):
+            raise ValueError("reference.refresh_every: with LoRA it needs reference.model: null (adapters are copied)")
         if policy.config.lora is None or config.model is not None:
             own = replace(
                 policy.config, model=config.model or policy.config.model, lora=None, gradient_checkpointing=False
             )
             self.network = _frozen(own)
+            if config.refresh_every is not None and _shapes(self.network) != _shapes(policy):
+                raise ValueError(
+                    f"reference.refresh_every: {own.model} has weights of other names or shapes than the policy, so it "
+                    "can never become the policy; use null or a reference of the same architecture"
+                )
             self.initial_hash = _hash(self.network)
         else:
             self.initial_hash = _hash(policy)
@@ -98,8 +105,6 @@ class Reference:
         if self.network is None:
             self.adapters = {name: p.detach().clone() for name, p in self.policy.trainable()}
             return
-        if self.policy.config.lora is not None:
-            raise ValueError("reference.refresh_every: with LoRA it needs reference.model: null (adapters are copied)")
         for mine, theirs in zip(self.network.model.parameters(), self.policy.model.parameters(), strict=True):
             mine.copy_(theirs)
 
@@ -153,6 +158,10 @@ class Reference:
 def _frozen(config: PolicyConfig) -> Policy:
     network = Policy(config).requires_grad_(False).eval()
     return network
+
+
+def _shapes(policy: Policy) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in policy.model.named_parameters()}
 
 
 def _hash(policy: Policy) -> str:

@@ -92,10 +92,10 @@ def unsharded(network: nn.Module) -> Iterator[None]:
             module.set_reshard_after_forward(module is not network, recurse=False)
 
 
-def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
+def all_reduce_sum(values: Sequence[int | float], device: torch.device) -> list[float]:
     """Sums over all ranks (float64); the values themselves on one process."""
     if world_size() == 1:
-        return list(values)
+        return [float(v) for v in values]
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()

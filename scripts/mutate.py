@@ -12,6 +12,7 @@ Exit status: 0 if every fault was killed, 1 if one survived, 2 if an entry is st
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import queue
@@ -46,6 +47,8 @@ NOT_COPIED = (
     ".hypothesis",
 )
 TIMEOUT = 300.0
+# What nearly every test imports, and no fault can be in.
+PRELOADED = ("lightning.pytorch", "transformers", "hypothesis")
 console = Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
 
 
@@ -113,8 +116,8 @@ def read_mutations(path: Path = LISTING) -> list[Mutation]:
 class Worker:
     """A copy of the repository, and a process started in it that forks for each test run.
 
-    The process has imported the heavy libraries, and nothing of this package, before it forks: a run starts in a
-    tenth of a second instead of the ten that importing torch and lightning takes.
+    The process has imported ``PRELOADED``, and nothing of this package, before it forks: a run starts in a tenth of a
+    second instead of the ten that importing torch and lightning takes.
     """
 
     def __init__(self, folder: Path):
@@ -129,7 +132,7 @@ class Worker:
             # An editable install that came first would test the source without the fault, and all would survive.
             raise RuntimeError(f"the copy in {self.copy} is shadowed by {origin}")
         self.server = subprocess.Popen(
-            [sys.executable, __file__, "--serve"],
+            [sys.executable, __file__, "--serve", *PRELOADED],
             cwd=self.copy,
             env=environment,
             stdin=subprocess.PIPE,
@@ -137,11 +140,13 @@ class Worker:
             text=True,
         )
 
-    def pytest(self, arguments: list[str]) -> tuple[int | None, str]:
-        """Run pytest until the first failure; returns (exit status, output), status None after ``TIMEOUT``."""
+    def pytest(self, arguments: list[str], timeout: float = TIMEOUT) -> tuple[int | None, str]:
+        """Run pytest until the first failure; returns (exit status, output), status None after ``timeout`` seconds."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
-        line = json.dumps(["-x", "-q", "-p", "no:cacheprovider", "--tb=short", *arguments])
+        line = json.dumps(
+            [timeout, "-x", "-q", "-p", "no:cacheprovider", "--tb=short", "--disable-warnings", *arguments]
+        )
         print(line, file=self.server.stdin, flush=True)
         status, output = json.loads(self.server.stdout.readline())
         return status, output
@@ -161,7 +166,7 @@ class Worker:
             return Result(mutation, "SURVIVED", mutation.why, seconds)
         if status != 1:  # a mutant that cannot even be collected says nothing about the tests
             return Result(mutation, "BROKEN", (output.strip() or f"exit {status}").splitlines()[-1], seconds)
-        failed = re.search(r"^(?:FAILED|ERROR) \S*?::(\S+)", output, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) \S*?::(.+?)(?: - .*)?$", output, re.MULTILINE)
         return Result(mutation, "killed", failed[1] if failed else "", seconds)
 
     def close(self) -> None:
@@ -169,14 +174,14 @@ class Worker:
         self.server.communicate()
 
 
-def serve() -> int:
-    """The process of a ``Worker``: for each line of arguments fork, run pytest, answer [exit status, output]."""
-    import lightning.pytorch  # noqa: F401
+def serve(modules: list[str]) -> int:
+    """The process of a ``Worker``: for each line of arguments fork, run pytest, answer [status, output]."""
     import pytest
-    import transformers  # noqa: F401
 
+    for module in modules:
+        importlib.import_module(module)
     for line in sys.stdin:
-        arguments = json.loads(line)
+        timeout, *arguments = json.loads(line)
         with tempfile.TemporaryFile() as output:
             if (child := os.fork()) == 0:
                 os.setsid()  # so that what the tests start can be ended with them
@@ -191,15 +196,15 @@ def serve() -> int:
                 finally:
                     sys.stdout.flush()
                     os._exit(status)
-            status = wait(child)
+            status = wait(child, timeout)
             output.seek(0)
             print(json.dumps([status, output.read().decode(errors="replace")]), flush=True)
     return 0
 
 
-def wait(child: int) -> int | None:
-    """Exit status of a child process; None if it had to be killed after ``TIMEOUT`` seconds."""
-    end = time.monotonic() + TIMEOUT
+def wait(child: int, timeout: float) -> int | None:
+    """Exit status of a child process; None if it had to be killed after ``timeout`` seconds."""
+    end = time.monotonic() + timeout
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -238,7 +243,8 @@ def green(mutations: list[Mutation], worker: Worker) -> bool:
     """Whether the tests of all entries pass without a fault; if they do not, no kill would mean anything."""
     tests = {test for mutation in mutations for test in mutation.tests if not test.startswith("-k ")}
     # Naming a whole file makes its own node ids redundant, and pytest would run them twice.
-    status, output = worker.pytest(sorted(t for t in tests if "::" not in t or t.split("::")[0] not in tests))
+    tests = {test for test in tests if "::" not in test or test.split("::")[0] not in tests}
+    status, output = worker.pytest(sorted(tests), timeout=len(tests) * TIMEOUT)
     if status != 0:
         print(f"{output}\nthe tests fail without any fault: mend them first")
         return False
@@ -265,10 +271,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="faults tested at the same time")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="just these entries")
     parser.add_argument("--list", action="store_true", help="print the entries and stop")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        return serve()
+    if options.serve is not None:
+        return serve(options.serve)
     mutations = read_mutations()
     if unknown := set(options.only or ()) - {mutation.name for mutation in mutations}:
         parser.error(f"no such entry: {', '.join(sorted(unknown))}; see --list")

@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_argument("what", choices=[*identifiers(), "check"], help="a claim, or check")
     cli.add_argument("--seeds", type=int, nargs="+", help="instead of the experiment's own; not recorded")
     cli.add_argument("--quick", action="store_true", help="a short run that shows the code works; not recorded")
-    cli.add_argument("--output", type=Path, help=f"folder of the results (default: {RESULTS.relative_to(ROOT)})")
+    cli.add_argument("--output", type=Path, help="folder of the results (default: logs/reproduce)")
     args = cli.parse_args(argv)
     if args.what == "check":
         return 0 if check(args.output or RESULTS) else 1

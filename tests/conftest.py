@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny random Llama and a byte-level tokenizer, written once as a HF folder."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from architectures.zoo import write_architecture
 from tiny import write_tiny_model
 
 torch.set_num_threads(1)
@@ -17,6 +19,19 @@ torch.set_num_threads(1)
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random 2-layer Llama whose tokens are bytes; pad equals eos, as in many chat models."""
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def architecture_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """From a name in ``architectures.zoo`` to the folder of its random network, written when first asked for."""
+    root, written = tmp_path_factory.mktemp("architectures"), {}
+
+    def folder(name: str) -> Path:
+        if name not in written:
+            written[name] = write_architecture(name, root / name)
+        return written[name]
+
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -144,6 +144,17 @@ def test_validation_does_not_replace_the_config_of_the_run(run):
     assert config(RUN, "validate.yaml")["trainer"]["limit_val_batches"] == 1
 
 
+def test_a_new_run_does_not_replace_one_that_can_be_resumed(run, capsys):
+    run("fit", "--config", "base.yaml")
+    before = (RUN / "config.yaml").read_bytes()
+    words = ("fit", "--config", "base.yaml", "--trainer.logger.version=0", "--trainer.max_steps=3")
+    code, line = refused(run, capsys, *words)
+    assert (code, "logs/tiny/version_0 holds the checkpoints" in line) == (2, True)
+    assert (RUN / "config.yaml").read_bytes() == before
+    trainer, _ = run(*words, "--ckpt_path=last")
+    assert trainer.global_step == 3
+
+
 def test_without_a_logger_nothing_lands_in_the_current_folder(run):
     run("fit", "--config", "base.yaml", "--trainer.logger=false", "--trainer.callbacks=null")
     assert sorted(path.name for path in Path().iterdir()) == ["base.yaml"]

@@ -15,7 +15,10 @@ LAYERS = [
     ["precision"],
     ["sharding"],
     ["model_files"],
+    ["scoring"],
     ["policy"],
+    ["durable", "position", "checkpoint"],
+    ["reference"],
     ["scalar_heads"],
     ["objective"],
     ["data"],
@@ -23,7 +26,6 @@ LAYERS = [
     ["rewards"],
     ["rollout"],
     ["metrics"],
-    ["durable", "position", "checkpoint"],
     ["gates"],
     ["progress"],
     ["algorithms"],
@@ -103,7 +105,7 @@ def test_imports_point_up() -> None:
 
 
 def test_algorithms_do_not_import_each_other() -> None:
-    shared = {"base", "online"}
+    shared = {"base", "evaluation", "measures", "online", "samples", "sampling"}
     wrong = [
         f"{place} imports {name}"
         for place, here, source, name in edges()
@@ -111,7 +113,7 @@ def test_algorithms_do_not_import_each_other() -> None:
         # A name that is no file is a class that the package re-exports: which hides where it comes from.
         if name.split(".")[2:3] and name.split(".")[2] not in shared | {here.split(".")[2]}
     ]
-    assert not wrong, "move what two algorithms share down into base, online or functional:\n" + "\n".join(wrong)
+    assert not wrong, "move what two algorithms share down into what all may share:\n" + "\n".join(wrong)
 
 
 def test_sandbox_stands_alone() -> None:

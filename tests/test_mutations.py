@@ -72,6 +72,8 @@ def tiny_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def test_zero():\n    assert zero() < 1\n"
     )
     monkeypatch.setattr(mutate, "ROOT", root)
+    monkeypatch.setattr(mutate, "PRELOADED", ())
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the tiny repository needs none, and they load slowly
     return root
 
 

@@ -65,7 +65,6 @@ def test_only_full_runs_are_recorded_by_default(
     reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path)
-    monkeypatch.setattr(reproduce.load("E8"), "GROUPS", 400)
     for arguments in (["--quick"], ["--seeds", "0"]):
         assert reproduce.main(["E8", *arguments]) == 0
         assert not list(tmp_path.iterdir())

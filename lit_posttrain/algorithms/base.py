@@ -95,6 +95,7 @@ class PostTrainModule(pl.LightningModule, ABC):
         self.policy: Policy | None = None
         self.stop: Any = None
         self.bad_steps = 0
+        self._loaded_step = 0
 
     @abstractmethod
     def loss(self, batch: MicroBatch, totals: Totals) -> Loss:
@@ -318,6 +319,11 @@ class PostTrainModule(pl.LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the counters until the policy is on its device."""
         self._loaded_counters = checkpoint["lit_posttrain"]
+        self._loaded_step = int(checkpoint["global_step"])
+
+    def step_of_weights(self) -> int:
+        """The iteration that the present weights are from; outside ``fit`` Lightning's own count stays at 0."""
+        return self.trainer.global_step if self.trainer.state.fn == "fit" else self._loaded_step
 
     # --- progress ---------------------------------------------------------------------------------------------
 

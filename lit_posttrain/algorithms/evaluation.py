@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lit_posttrain.algorithms.measures import reported
 from lit_posttrain.algorithms.samples import evaluation_markdown
 from lit_posttrain.metrics import ConsensusAtK, PassAtK
 from lit_posttrain.rewards.base import RewardFunction, Verifier, judge
@@ -131,7 +132,7 @@ class Evaluation:
         values = {f"pass@{k}": float(metric.compute()) for k, metric in self.pass_at.items()}
         if self.verifier is not None:
             values[f"maj@{self.config.samples}"] = float(self.consensus.compute())
-        return {**values, **self._means()}, evaluation_markdown(self.rows)
+        return {**values, **self._means(), **reported(self.rewards)}, evaluation_markdown(self.rows)
 
     def _means(self) -> dict[str, float]:
         """Sample means over all ranks; what no sample has is left out."""

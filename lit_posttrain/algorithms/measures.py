@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lit_posttrain.algorithms.base import StepResult
+from lit_posttrain.rewards.base import RewardFunction
+from lit_posttrain.rewards.callables import PythonReward
 from lit_posttrain.rollout.collect import Rollout
 from lit_posttrain.sharding import world_size
 from lit_posttrain.types import MicroBatch
@@ -107,9 +109,21 @@ def _updates(results: Sequence[StepResult]) -> dict[str, float]:
     metrics.pop("reference_gap", None)
     for name, value in results[0].extremes.items():
         metrics[name] = -value if name.endswith("/min") else value
+    for name, pick in (("low", min), ("high", max)):
+        values = [r.metrics[f"clip_ratio/{name}_mean"] for r in results if f"clip_ratio/{name}_mean" in r.metrics]
+        metrics[f"clip_ratio/{name}_{pick.__name__}"] = pick(values, default=0.0)
     metrics["grad_norm"] = _mean([r.grad_norm for r in results if r.applied])
     metrics["skipped_updates"] = float(sum(not r.applied for r in results))
     return metrics
+
+
+def reported(rewards: Sequence[RewardFunction]) -> dict[str, float]:
+    """Means over all ranks of what reward functions logged by themselves since the last call."""
+    mine = [logs for f in rewards if isinstance(f, PythonReward) for logs in f.pop_logs()[0].items()]
+    values: dict[str, list[float]] = {}
+    for name, value in (pair for rank in _gather(mine) for pair in rank):
+        values.setdefault(name, []).append(value)
+    return {name: _mean(each) for name, each in values.items()}
 
 
 def _mean(values: Sequence[float]) -> float:

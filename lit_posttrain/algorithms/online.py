@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_posttrain import gates, randomness
 from lit_posttrain.algorithms.base import Loss, StepResult
 from lit_posttrain.algorithms.evaluation import EvaluationConfig
-from lit_posttrain.algorithms.measures import rollout_metrics, rollout_sums
+from lit_posttrain.algorithms.measures import reported, rollout_metrics, rollout_sums
 from lit_posttrain.algorithms.samples import as_markdown
 from lit_posttrain.algorithms.sampling import SamplingModule
 from lit_posttrain.batching import split, to_device
@@ -138,15 +138,16 @@ class OnlineModule(SamplingModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration: refresh the reference, collect, score, credit, then every update."""
         started, self.seconds = time.perf_counter(), defaultdict(float)
-        iteration = self.trainer.global_step
+        iteration, rate = self.trainer.global_step, self.learning_rate()
         self.seed_iteration()
         self._refresh_reference(iteration)
         rollout = self.collect(batch, iteration)
+        self._require_verdicts(rollout)
         old, ref = self.score(rollout)
         advantages = self.advantages(rollout, old, ref)
         results = self.update(rollout, advantages, old, ref, iteration)
         self._check_gates(rollout, advantages, results, iteration)
-        self._log_iteration(rollout, advantages, results, iteration, time.perf_counter() - started)
+        self._log_iteration(rollout, advantages, results, iteration, rate, time.perf_counter() - started)
 
     def collect(self, batch: PromptBatch, iteration: int) -> Rollout:
         """(1) Sample a group of completions for each prompt and have them judged."""
@@ -174,7 +175,7 @@ class OnlineModule(SamplingModule):
         old = torch.zeros(rollout.mask.shape) if need_old else None
         ref = torch.zeros(rollout.mask.shape) if self.reference is not None else None
         # The same micro-batches as a single update's, so that in low precision both round alike.
-        batches = split(rollout.sequences, rollout.mask, {}, self.token_budget)
+        batches = split(rollout.sequences, rollout.mask, {}, self.token_budget, packed=self._packs(rollout))
         with self._phase("scoring", len(batches)):
             for batch in batches:
                 moved, width = to_device(batch, self.device), batch.mask.shape[1]
@@ -205,7 +206,9 @@ class OnlineModule(SamplingModule):
             kept = rows[self._contributes(rollout, advantages, iteration)[rows]]
             # The policy that sampled is the present one until the first update: the ratio is then exactly 1.
             present = {k: v for k, v in columns.items() if number > 0 or k != "old_log_probs"}
-            batches = split(rollout.sequences, rollout.mask, present, self.token_budget, kept)
+            batches = split(
+                rollout.sequences, rollout.mask, present, self.token_budget, kept, packed=self._packs(rollout)
+            )
             with self._phase("update", len(batches)):
                 last = number == len(steps) - 1
                 results.append(self.optimize(batches, totals, self.loss, last=last, idle_columns=present))
@@ -219,6 +222,9 @@ class OnlineModule(SamplingModule):
         order = randomness.permutation(total, randomness.run_seed(), "minibatches", iteration, epoch)
         chosen = set(order.view(self.num_minibatches, -1)[number].tolist())
         return torch.tensor([i for i, row in enumerate(rollout.rows) if row in chosen], dtype=torch.long)
+
+    def _packs(self, rollout: Rollout) -> bool:
+        return self.built_policy().packs(rollout.sequences.ids.shape[1])
 
     def _contributes(self, rollout: Rollout, advantages: Tensor, iteration: int) -> Tensor:
         """Rows whose gradient is not exactly zero. The others stay in every denominator but cost no forward."""
@@ -246,18 +252,24 @@ class OnlineModule(SamplingModule):
         if self.reference is not None and every is not None and iteration > 0 and iteration % every == 0:
             self.reference.refresh(iteration)
 
-    def _check_gates(self, rollout: Rollout, advantages: Tensor, results: list[StepResult], iteration: int) -> None:
+    def _require_verdicts(self, rollout: Rollout) -> None:
         verdicts = rollout.judgement.verdicts
-        failed = [all(row[j].status == "invalid" for row in verdicts) for j in range(len(self.rewards))]
-        gates.require_some_valid(rollout.judgement.names, rollout.judgement.reasons, failed)
+        judged = [sum(row[j].status != "invalid" for row in verdicts) for j in range(len(self.rewards))]
+        *counts, valid = all_reduce_sum([*judged, int(rollout.judgement.valid.sum())], self.device)
+        names, reasons = rollout.judgement.names, rollout.judgement.reasons
+        gates.require_some_valid(names, reasons, [count == 0 for count in counts])
+        gates.require_valid_sample(names, reasons, int(valid))
+
+    def _check_gates(self, rollout: Rollout, advantages: Tensor, results: list[StepResult], iteration: int) -> None:
         if iteration >= gates.GATED_ITERATIONS:
             self.__dict__.pop("_parameters_before", None)
             return
         dtype = self.built_policy().compute_dtype
         assert dtype is not None
-        first = results[0].metrics
-        gates.require_engine_agrees(first["sampling/sampling_logp_difference/mean"], dtype)
-        if iteration == 0 and self.reference is not None and self.reference.equals_initial_policy:
+        first = results[0].metrics  # empty where none of the first minibatch's samples is valid
+        if first:
+            gates.require_engine_agrees(first["sampling/sampling_logp_difference/mean"], dtype)
+        if first and iteration == 0 and self.reference is not None and self.reference.equals_initial_policy:
             gates.require_reference_is_policy(first["reference_gap"], dtype)
         after = gates.fingerprint(p for _, p in self.built_policy().trainable())
         gates.require_change(self._parameters_before, after, self._rate_before, max(r.grad_norm for r in results))
@@ -274,11 +286,18 @@ class OnlineModule(SamplingModule):
     # --- logging ----------------------------------------------------------------------------------------------
 
     def _log_iteration(
-        self, rollout: Rollout, advantages: Tensor, results: list[StepResult], iteration: int, seconds: float
+        self,
+        rollout: Rollout,
+        advantages: Tensor,
+        results: list[StepResult],
+        iteration: int,
+        rate: float,
+        seconds: float,
     ) -> None:
         metrics = rollout_metrics(rollout, self.group_size, results, self.device)
         self.num_tokens += metrics.pop("tokens_processed")
-        metrics |= {"num_tokens": self.num_tokens, "step_time": seconds, "learning_rate": self.learning_rate()}
+        metrics |= {"num_tokens": self.num_tokens, "step_time": seconds, "learning_rate": rate}
+        metrics |= reported(self.rewards)
         metrics["epoch"] = self.trainer.current_epoch + self._epoch_fraction()
         tagged = {f"train/{name}": value for name, value in metrics.items()}
         tagged |= {f"time/{name}": value for name, value in self.seconds.items()}

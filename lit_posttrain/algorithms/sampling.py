@@ -112,22 +112,20 @@ class SamplingModule(PostTrainModule):
 
     def on_predict_epoch_end(self) -> None:
         """Write the samples, one JSON line each."""
-        self.evaluation.finish(self.run_dir() / "predictions", self.trainer.global_step, self.global_rank)
+        self.evaluation.finish(self.run_dir() / "predictions", self.step_of_weights(), self.global_rank)
 
     def _tick_evaluation(self, finished: int) -> None:
         if world_size() == 1:
             self.poll()
 
     def _finish_evaluation(self, prefix: str) -> None:
-        step = self.trainer.global_step
         if self.trainer.sanity_checking:
             return
+        step = self.step_of_weights()
         values, text = self.evaluation.finish(self.run_dir() / "evaluation", step, self.global_rank)
-        tagged = {f"{prefix}/{name}": value for name, value in values.items()}
-        # The callback metrics let schedulers, early stopping and progress bars see them.
-        self.log_dict({k: float(v) for k, v in tagged.items()}, logger=False, prog_bar=False, sync_dist=False)
-        if self.logger is not None:
-            self.logger.log_metrics(tagged, step=step)
+        # Through Lightning: schedulers and early stopping see them, and the commands print and return them. It takes
+        # "step" as the x axis, and would count something else without.
+        self.log_dict({"step": float(step), **{f"{prefix}/{name}": float(value) for name, value in values.items()}})
         self._log_text(f"{prefix}/samples", text, step)
 
     def run_dir(self) -> Path:

@@ -52,6 +52,8 @@ class VerifiablePrompts(PostTrainDataModule):
         held_out_percent: Share of the questions that is held out, 0 to 99; 0 for no held-out set.
         column_map: Which columns hold ``prompt`` (by default ``prompt``, else ``question``) and ``answer`` (by default
             ``answer``, where there is one); dotted paths reach into columns: ``{answer: reward_model.ground_truth}``.
+        answer_after: The gold answer is only what follows the last such text in the answer column: ``"####"`` for
+            GSM8K.
         val_batch_size: Prompts per evaluation batch over all ranks; ``batch_size`` if not given.
         max_prompt_length: Longest prompt in tokens.
         long_prompts: What to do with longer ones.
@@ -74,6 +76,7 @@ class VerifiablePrompts(PostTrainDataModule):
         val_size: int | None = None,
         held_out_percent: int = 10,
         column_map: dict[str, str] | None = None,
+        answer_after: str | None = None,
         val_batch_size: int | None = None,
         max_prompt_length: int | None = None,
         long_prompts: OnBad = "error",
@@ -87,6 +90,7 @@ class VerifiablePrompts(PostTrainDataModule):
         self.task = task
         self.train_size, self.val_size, self.held_out_percent = train_size, val_size, held_out_percent
         self.column_map = column_map or {}
+        self.answer_after = answer_after
         self.max_prompt_length = max_prompt_length
         self.long_prompts: OnBad = long_prompts
         self.bad_answers: OnBad = bad_answers
@@ -259,7 +263,7 @@ class VerifiablePrompts(PostTrainDataModule):
         records = []
         for row in rows:
             try:
-                records.append(record(row, prompt_column, answer_column))
+                records.append(record(row, prompt_column, answer_column, self.answer_after))
             except UnusableAnswer as error:
                 if self.bad_answers == "error":
                     raise ValueError(f"{error}; or set data.init_args.bad_answers: drop") from error

@@ -58,16 +58,17 @@ def default_column(rows: list[Row], *names: str) -> str | None:
     return next((name for name in names if any(name in row for row in rows)), None)
 
 
-def record(row: Row, prompt_column: str, answer_column: str | None) -> Record:
+def record(row: Row, prompt_column: str, answer_column: str | None, answer_after: str | None = None) -> Record:
     """The question and the answer of a row.
 
     Args:
         row: The row.
         prompt_column: Name or dotted path of the question or message list.
         answer_column: Name or dotted path of the gold answer; None: the rows have none.
+        answer_after: The answer is what follows the last such text in its column; None: all of it.
 
     Raises:
-        UnusableAnswer: The answer is neither text nor a finite number nor None.
+        UnusableAnswer: The answer is neither text nor a finite number nor None, or lacks ``answer_after``.
         ValueError: A column is missing, or the prompt is empty or no text.
     """
     value = column(row, prompt_column, "prompt")
@@ -77,6 +78,11 @@ def record(row: Row, prompt_column: str, answer_column: str | None) -> Record:
     answer = None
     if answer_column is not None:
         answer = _gold(column(row, answer_column, "answer"), f"{row.origin}: column {answer_column!r}")
+    if answer_after is not None:
+        _, found, answer = (answer or "").rpartition(answer_after)
+        answer = answer.strip()
+        if not found or not answer:
+            raise UnusableAnswer(f"{row.origin}: no answer after {answer_after!r} (data.init_args.answer_after)")
     question = prompt if isinstance(prompt, str) else _transcript(prompt)
     return Record(row.number, row.origin, question, prompt, answer, dict(row))
 

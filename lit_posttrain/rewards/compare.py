@@ -12,10 +12,13 @@ from lit_posttrain.rewards.normalise import Answer, Literal, choice_letter, norm
 
 _BASED = re.compile(r"([0-9A-Fa-f]+)\s?_\s?\{?\s?(?:\\text\{)?(\d+|two|three|eight|ten|sixteen)\}?\}?")
 _LETTER = re.compile(r"(?:\\(?:text|textbf|mathrm|mbox)\s?\{)?\s?\(?[A-J]\)?\s?\}?")
-_WORDS = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s?\{\s?([A-Za-z][A-Za-z ,'.-]*)\}|([A-Za-z][A-Za-z '-]{3,})")
+_WORDS = re.compile(
+    r"\\(?:text|textbf|textit|mathrm|mbox)\s?\{\s?([A-Za-z][A-Za-z ,'.-]*)\}|([A-Za-z][A-Za-z '-]{3,}|(?i:yes|no))"
+)
 _EQUALS = re.compile(r"=|\\approx(?![A-Za-z])|\\sim(?:eq)?(?![A-Za-z])")
 _NAME = re.compile(
-    r"(?:\\text\s?\{[A-Za-z ]+\}|\\angle\s?[A-Z]{1,3}|[A-Za-z ]*[A-Za-z]|\\(?!pi|infty|emptyset)[a-z]+)"
+    r"(?:\([A-Za-z]\s?(?:,\s?(?:[A-Za-z]|\\theta|\\phi|\\varphi)\s?){1,3}\)|\\text\s?\{[A-Za-z ]+\}|"
+    r"\\angle\s?[A-Z]{1,3}|[A-Za-z ]*[A-Za-z]|\\(?!pi|infty|emptyset)[a-z]+)"
     r"(?:_(?:\w|\{\w+\}))?'?\s?(?:\([a-z0-9, ]{1,12}\))?"
 )
 _FUNCTIONS = re.compile(
@@ -28,14 +31,26 @@ _GREEK = re.compile(
 )
 _MACROS = re.compile(r"\\(?:begin|end)\s?\{[A-Za-z*]{1,16}\}|\\math(?:bb|cal)\s?\{[A-Za-z]\}|\\[A-Za-z]+|\\.")
 _TEXT_MACRO = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox|operatorname)(?=\s?\{)")
+_PROSE = re.compile(r"\\(?:text[a-z]*|mbox)\s?\{")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|in|lt|gt)(?![A-Za-z])")
 _SET = re.compile(r"[\[(].*,.*[\])]|\\\{|\\(?:cup|emptyset|infty|setminus|mathbb)(?![A-Za-z])")
+_MACRO_NAME = re.compile(r"\\([A-Za-z]+|[^A-Za-z])")
+_FOREIGN = re.compile(r"[;:?<>~&#@\"']")
+_OPERATION = re.compile(
+    r"frac|sqrt|cdot|times|div|ast|d?binom|log|ln|lg|exp|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|sinh|cosh|tanh|pi|"
+    r"[lr](?:floor|ceil|vert)|max|min|gcd|lcm|sum|prod|int|operatorname|overline|bar|circ|[{}|]"
+)
+_LOOSE = re.compile(r"[\^_]\s?(?:\{[^{}]*\}|\w)|\([0-9, ]*\)")
 _TUPLE = re.compile(r"[\[(][^\[\]()]*,[^\[\]()]*[\])]")
+_GAP = re.compile(r"\d\s\d")
+_BOUNDED = re.compile(
+    r"(?:(?P<low>[^<>]+?)\s?(?P<first><|\\le(?![a-z]))\s?)?(?P<name>[a-z])\s?(?P<last>[<>]|\\[lg]e(?![a-z]))\s?(?P<bound>[^<>]+)"
+)
 _POINT = re.compile(r"(?<![\d.])(\d{0,12})\.(\d{1,12})(?![\d.])")
 
 
 MAX_NESTING = 24
-"""Brackets within brackets; the grammar of the algebra needs time exponential in it, and no honest answer comes near."""
+"""Brackets within brackets; the algebra's parser takes far longer with each, and no honest answer comes near."""
 
 
 class Question(NamedTuple):
@@ -102,6 +117,8 @@ def _bases(gold: Answer, answer: Answer) -> bool | None:
     wanted, given = _BASED.fullmatch(gold.core), _BASED.fullmatch(answer.core)
     if wanted is None and given is None:
         return None
+    if wanted is None and given is not None and given.group(2) in ("10", "ten") and gold.literal:
+        return given.group(1).isdigit() and gold.literal.value == int(given.group(1))
     if wanted is None or given is None:
         return False
     return [part.lower().lstrip("0") for part in wanted.groups()] == [p.lower().lstrip("0") for p in given.groups()]
@@ -114,10 +131,22 @@ def _literals(gold: Answer, answer: Answer) -> bool | None:
     if given is not None:
         return equal_literals(gold.literal, given)
     core = without_choice(answer.core)
-    sides = _split(core)[1] or [core]
-    if any(symbols(side) or _TUPLE.fullmatch(side) for side in sides) or _has_comma(core) or _RELATION.search(core):
+    if _GAP.search(core) or core.startswith((r"\approx", r"\sim")):
+        return False
+    sides = _split(core, is_number=True)[1] or [core]
+    if _has_comma(core) or not all(_is_arithmetic(side) for side in sides):
         return False
     return None
+
+
+def _is_arithmetic(side: str) -> bool:
+    """Whether a text holds nothing but numbers and known operations: what the algebra would drop is not dropped."""
+    return (
+        all(_OPERATION.fullmatch(name) for name in _MACRO_NAME.findall(side))
+        and not _FOREIGN.search(side)
+        and not symbols(side)
+        and not _TUPLE.fullmatch(side)
+    )
 
 
 def equal_literals(gold: Literal, given: Literal) -> bool:
@@ -144,13 +173,21 @@ def _spelling(gold: Answer, answer: Answer) -> bool | None:
     return True if "".join(gold.core.split()) == "".join(answer.core.split()) else None
 
 
-def _split(core: str) -> tuple[list[str], list[str]]:
-    """The names and the values that an answer equates: ``x = 10/2 = 5`` gives ``[x]`` and ``[10/2, 5]``."""
+def _split(core: str, is_number: bool = False) -> tuple[list[str], list[str]]:
+    """The names and the values that an answer equates: ``x = 10/2 = 5`` gives ``[x]`` and ``[10/2, 5]``.
+
+    Where the answer is to be a number, every side of letters alone is a name: ``x+y = 14``, ``|AB|^2 = 14``.
+    """
     sides = [side.strip() for side in _EQUALS.split(core)]
     if len(sides) == 1:
         return [], sides
-    names = [side for side in sides if _NAME.fullmatch(side)]
-    return names, [side for side in sides if side and not _NAME.fullmatch(side)]
+    names = [side for side in sides if _NAME.fullmatch(side) or (is_number and _is_letters_alone(side))]
+    return names, [side for side in sides if side and side not in names]
+
+
+def _is_letters_alone(side: str) -> bool:
+    rest = _LOOSE.sub("", side)
+    return bool(symbols(rest)) and not re.search(r"[0-9<>]", rest)
 
 
 def _has_comma(core: str) -> bool:
@@ -187,7 +224,7 @@ def _ask(gold: Answer, answer: Answer) -> bool | Question:
     known = symbols(gold.core)
     one_equation = not _has_comma(core) and not _has_comma(gold.core)
     gold_names, gold_values = _split(gold.core)
-    names, values = _split(core)
+    names, values = _split(core, is_number=gold.literal is not None)
     if one_equation and len(gold_values) == 1 and values:
         if gold_names and names and gold_names[0].replace(" ", "") != names[0].replace(" ", ""):
             return False
@@ -195,7 +232,11 @@ def _ask(gold: Answer, answer: Answer) -> bool | Question:
         if "\\approx" in core and len(answers) > 1:
             answers = answers[:1]
     else:
-        answers, wanted = (core,), gold.core
+        answers, wanted = (_members(core) if "=" not in gold.core else core,), gold.core
+    if _SET.search(wanted):
+        answers = tuple(_as_intervals(side) for side in answers)
+    if any(_PROSE.search(side) for side in answers) and not _PROSE.search(wanted):
+        return False
     extra = set().union(*(symbols(side) for side in answers)) - known
     is_set = _SET.search(wanted) and len(extra) == 1 and any(_RELATION.search(side) for side in answers)
     if extra and not is_set:
@@ -207,6 +248,33 @@ def _ask(gold: Answer, answer: Answer) -> bool | Question:
             return False
         answers = tuple(_POINT.sub(_exact, side) for side, literal in literals if not literal)
     return Question(wanted, answers) if answers else True
+
+
+def _members(core: str) -> str:
+    """``x = 5, x = 6`` as ``5, 6``; anything else as it is."""
+    parts = [_split(part.strip()) for part in core.split(",")]
+    names = {name.replace(" ", "") for found, _ in parts for name in found}
+    if len(names) != 1 or any(len(values) != 1 for _, values in parts):
+        return core
+    return ", ".join(values[0] for _, values in parts)
+
+
+def _as_intervals(core: str) -> str:
+    r"""``x<2, x \ge 3`` as ``(-\infty,2)\cup[3,\infty)``; anything else as it is."""
+    found = [_BOUNDED.fullmatch(part.strip()) for part in core.split(",")]
+    intervals = []
+    for match in found:
+        if match is None or match.group("name") != (found[0] and found[0].group("name")):
+            return core
+        strict, bound, low = match.group("last") in "<>", match.group("bound"), match.group("low")
+        if match.group("last") in (">", "\\ge"):
+            if low:
+                return core
+            intervals.append(f"{'(' if strict else '['}{bound},\\infty)")
+        else:
+            left = f"{'(' if match.group('first') == '<' else '['}{low}" if low else "(-\\infty"
+            intervals.append(f"{left},{bound}{')' if strict else ']'}")
+    return "\\cup ".join(intervals)
 
 
 def _exact(match: re.Match[str]) -> str:

@@ -30,7 +30,7 @@ _STATEMENT = re.compile(
     r"(?:\s{0,4}(?:therefore|thus)\b,?)?[\s:*=]{0,8}",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"\n|\.(?=\s|$|\*|\")|(?<!\\);|</?[A-Za-z]{1,10}>|,?\s(?:because|since)\b")
+_SENTENCE_END = re.compile(r"\n|\.(?=\s|$|\*|\")|(?<!\\);|</?[A-Za-z]{1,10}>|,?\s(?:because|since|not)\b")
 _CORRECTION = re.compile(
     r"\b(?:wait|oops|actually|correction|corrected|correcting|mistake|mistaken|error|scratch that|sorry|"
     r"instead|on second thought|re-?check\w*|re-?comput\w*|re-?calculat\w*|re-?consider\w*|double[- ]check\w*|"

@@ -23,9 +23,11 @@ _TEXT = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathsf|mbox|op
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"(?<=\d)(?:(?<!\\)\\[,;:! ]|\{,\})(?=\d{3}(?!\d))", ""),  # 1\,234 and 1{,}234
+        (r"(?<=\d)(?:,?(?<!\\)\\[,;:! ]|\{,\})(?=\d{3}(?!\d))", ""),  # 1\,234 and 1,\!234 and 1{,}234
         (r"(?<!\\)\\(?:[,;:! ]|q?quad(?![A-Za-z])|$)", " "),
         (r"~", " "),
+        (rf"^{_TEXT}\s?(\d[^{{}}]*)\}}$", r"\1"),
+        (r"\\(?:text)?color\s?\{\w{1,16}\}|\\underline(?![A-Za-z])", ""),
         (r":=", "="),
         (_TEXT + r"\s?([+-]?[\d.,]+%?)\s?\}", r"\1"),
         (r"\\(?:left|right|displaystyle|textstyle|bigl?|bigr?|Bigl?|Bigr?|limits)(?![A-Za-z])", ""),
@@ -40,13 +42,18 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\sqrt\s+([A-Za-z])(?![A-Za-z])", r"\\sqrt{\1}"),
         (r"(?<![\\A-Za-z])(sqrt|pi|infty)(?![A-Za-z])", r"\\\1"),
         (r"\\(\$|%)", r"\1"),
-        (r"(?<=\d)\s?(?:percent|per cent|pct)\b", "%"),
+        (rf"(?<=\d)\s?(?:{_TEXT}\s?(?:percent|per cent)\s?\}}|(?:percent|per cent|pct)\b)", "%"),
+        *(
+            (rf"(?<=\d)\s?(?:{_TEXT}\s?{word}\s?\}}|{word}\b)", rf"\\times 10^{power}")
+            for word, power in (("thousand", 3), ("million", 6), ("billion", 9))
+        ),
+        (rf",?\s?(?:{_TEXT}\s{{0,3}}(?:and|or)\s{{0,3}}\}}|\b(?:and|or)\b)\s?", ", "),
         (r"\s+", " "),
     )
 )
 _ENDS = " \t.,:;"
 _STARTS = " \t,:;"  # no full stop: .5 is a number
-_CHOICE = re.compile(rf"(?:{_TEXT})?\s?\(?([A-J])\)?\.?\s?(?:\}}|(?=$))|(?:{_TEXT})?\s?\(([A-J])\)\.?\s?\}}?")
+_CHOICE = re.compile(rf"(?:{_TEXT})?\s?\(?([A-J])\)?\.?\s?(?:\}}|(?=$))|(?:{_TEXT})?\s?\(?([A-J])(?:\)|\.\s)\.?\s?\}}?")
 _UNIT = re.compile(
     rf"\s?(?:{_TEXT}\s?(?P<text>[A-Za-z][A-Za-z ./]{{0,40}})\.?\s?\}}|\s(?P<word>[A-Za-z][A-Za-z ./]{{0,40}}))"
     r"\.?(?P<power>\^\{?[23]\}?)?$"
@@ -57,12 +64,16 @@ _NOT_UNITS = re.compile(
     "billion|trillion|hundred|dozen|half|third|quarter|percent|squared|cubed|factorial|base|mod|choose|pi|root|is|"
     "i|e|the|than|no|none|only|unless|except|hundredths|tenths|thousandths|zero|one|two|three|four|five|six"
 )
-_INTEGER = re.compile(r"([+-]?)\s?(\d{1,3}(?:,\d{3})+|\d+)(?:\.0*)?")
-_DECIMAL = re.compile(r"(\d{1,3}(?:,\d{3})+|\d*)(?:\.(\d*))?(?:[eE]([+-]?\d{1,4}))?")
+_INTEGER = re.compile(r"([+-]?)\s?(\d{1,3}(?:[, ]\d{3})+|\d+)(?:\.0*)?")
+_DECIMAL = re.compile(r"(\d{1,3}(?:[, ]\d{3})+|\d*)(?:\.(\d*))?(?:[eE]([+-]?\d{1,4}))?")
 _POWER_OF_TEN = re.compile(r"(.*?)\s?(?:\\times|\\cdot|\*|x)\s?10\s?\^\s?(?:\{\s?([+-]?\d{1,4})\s?\}|(\d))")
+_REPEATING = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar)\s?\{(\d{1,20})\}")
 _FRACTION = re.compile(
     r"(?:(\d+)\s?)?\\frac\s?(?:\{\s?([+-]?\d+)\s?\}|(\d))\s?(?:\{\s?(\d+)\s?\}|(\d))|(?:(\d+)\s)?(\d+)\s?/\s?(\d+)"
 )
+
+
+_GROUPING = str.maketrans("", "", ", ")
 
 
 class Literal(NamedTuple):
@@ -157,7 +168,13 @@ def _take_unit(text: str) -> tuple[str, str]:
     if text.endswith(r"^\circ"):
         return text[: -len(r"^\circ")], "degree"
     match = _UNIT.search(text, max(0, len(text) - 80))
-    if not match or not match.start() or text[match.start() - 1] not in "0123456789})$%":
+    before = text[: match.start()].rstrip() if match else ""
+    if (
+        not match
+        or not before
+        or before[-1] in "+-*/=^_(,<>"
+        or not (match.group("text") or before[-1] in "0123456789})%")
+    ):
         return text, ""
     words = re.split(r"[\s./]+", (match.group("text") or match.group("word")).strip(" ./"))
     if len(words) > 3 or any(_NOT_UNITS.fullmatch(w.lower()) or (len(w) == 1 and w not in _ABBREVIATED) for w in words):
@@ -174,7 +191,7 @@ def parse_integer(text: str) -> int | None:
     """
     core = normalise(text).core
     match = _INTEGER.fullmatch(core) if core.isascii() else None
-    digits = match.group(2).replace(",", "") if match else ""
+    digits = match.group(2).translate(_GROUPING) if match else ""
     return int(match.group(1) + digits) if match and len(digits) <= MAX_DIGITS else None
 
 
@@ -196,11 +213,13 @@ def parse_literal(text: str) -> Literal | None:
     if match := _FRACTION.fullmatch(text):
         value = _fraction(match)
         return Literal(sign * value, percent) if value is not None else None
+    if match := _REPEATING.fullmatch(text):
+        return _repeating(sign, percent, *match.groups())
     exponent = 0
     if match := _POWER_OF_TEN.fullmatch(text):
         text, exponent = match.group(1), int(match.group(2) or match.group(3))
     match = _DECIMAL.fullmatch(text)
-    whole, places = (match.group(1).replace(",", ""), match.group(2) or "") if match else ("", "")
+    whole, places = (match.group(1).translate(_GROUPING), match.group(2) or "") if match else ("", "")
     if match is None or not whole + places or len(whole + places) > MAX_DIGITS:
         return None
     exponent += int(match.group(3) or 0)
@@ -209,6 +228,12 @@ def parse_literal(text: str) -> Literal | None:
     return Literal(
         sign * Fraction(int(whole + places)) * Fraction(10) ** (exponent - len(places)), percent, len(places)
     )
+
+
+def _repeating(sign: int, percent: bool, whole: str, fixed: str, period: str) -> Literal:
+    r"""``0.8\overline{3}``: the period weighs 10^p - 1."""
+    value = Fraction(int(whole + fixed or "0")) + Fraction(int(period), 10 ** len(period) - 1)
+    return Literal(sign * value / 10 ** len(fixed), percent)
 
 
 def _fraction(match: re.Match[str]) -> Fraction | None:
@@ -241,5 +266,5 @@ def without_choice(text: str) -> str:
     Args:
         text: Normalised text.
     """
-    match = re.match(rf"(?:{_TEXT})?\s?\([A-J]\)\.?\s?\}}?\s?(?=\S)", text)
+    match = re.match(rf"(?:{_TEXT})?\s?\(?[A-J](?:\)|\.\s)\.?\s?\}}?\s?(?=\S)", text)
     return text[match.end() :] if match else text

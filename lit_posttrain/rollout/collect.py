@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_posttrain.batching import pad_sequences
 from lit_posttrain.rewards.base import Judgement
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
+from lit_posttrain.rollout.stops import EXACT_TEXT
 from lit_posttrain.types import Completion, Prompt, Sample, SamplingKey, Sequences
 
 
@@ -69,7 +70,7 @@ def to_samples(
     for i, completion in enumerate(completions):
         prompt, ids = prompts[i // each], completion.token_ids
         ended = completion.stop_reason == "stop" and ids[-1] in stop_token_ids
-        text = str(tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=False))
+        text = str(tokenizer.decode(ids[:-1] if ended else ids, **EXACT_TEXT))
         result.append(
             Sample(
                 prompt=prompt.prompt,

@@ -1,5 +1,6 @@
 """The reference engine: HF's forward with HF's cache, for any architecture; simple, and what others must equal."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -54,6 +55,7 @@ class ReferenceEngine(RolloutEngine):
     ) -> list[Completion]:
         """See ``RolloutEngine.generate``."""
         assert self.policy is not None, "sync comes before generate"
+        assert all(map(len, prompts)), "a prompt without tokens has no next token"
         stop_ids = self.policy.stop_token_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
         stop = StopRule(stop_ids, sampling.stop_strings, self.tokenizer)
         completions: list[Completion] = []
@@ -99,8 +101,10 @@ class _Batch:
         for step in range(self.sampling.max_new_tokens):
             sampled = draw(logits, self.uniforms[live, step].to(device), self.sampling.temperature)
             keep = self._record(live.tolist(), sampled.tokens.tolist(), sampled.log_probs.tolist(), stop)
+            if step + 1 == self.sampling.max_new_tokens:
+                keep = torch.zeros_like(keep)
             tick(len(live) - int(keep.sum()))
-            if step + 1 == self.sampling.max_new_tokens or not keep.any():
+            if not keep.any():
                 break
             tokens, mask = sampled.tokens, torch.nn.functional.pad(mask, (0, 1), value=1)
             if not keep.all():
@@ -115,6 +119,11 @@ class _Batch:
 
     def _record(self, live: list[int], tokens: list[int], log_probs: list[float], stop: StopRule) -> Bool[Tensor, " b"]:
         for row, token, log_prob in zip(live, tokens, log_probs, strict=True):
+            if not math.isfinite(log_prob):
+                raise FloatingPointError(
+                    f"the policy's logits are not finite (log-probability {log_prob} at token {len(self.tokens[row])} "
+                    "of a completion): its weights have diverged, or compute_dtype overflows"
+                )
             self.tokens[row].append(token)
             self.log_probs[row].append(log_prob)
             self.stopped[row] = stop.stopped(self.tokens[row])

@@ -23,7 +23,7 @@ def draw(logits: Float[Tensor, "b v"], uniforms: Float[Tensor, " b"], temperatur
     computed from its own logits alone, so the batch around it changes nothing.
 
     Args:
-        logits: Next-token logits.
+        logits: Next-token logits; a row with NaN or +inf gives some token and a log-probability that is not finite.
         uniforms: One number in [0, 1) a row, float64.
         temperature: At least 0; 0 takes the likeliest token, its log-probability being that at temperature 1.
     """
@@ -44,7 +44,8 @@ def draw(logits: Float[Tensor, "b v"], uniforms: Float[Tensor, " b"], temperatur
     offset = torch.searchsorted(inside, point - start, right=True)
     # Rounding can push the point past the chunk's end: take the last token that has any mass there.
     last = CHUNK - 1 - (inside.diff(prepend=torch.zeros_like(point)) > 0).flip(-1).int().argmax(-1, keepdim=True)
-    tokens = (chunk * CHUNK + torch.minimum(offset, last))[:, 0]
+    # Logits that are NaN or +inf can lead past the vocabulary; the caller sees it by the log-probability.
+    tokens = (chunk * CHUNK + torch.minimum(offset, last))[:, 0].clamp_(max=vocabulary - 1)
     return Draw(tokens, _log_prob(scaled, tokens))
 
 

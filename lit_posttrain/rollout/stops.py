@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 _TAIL_SLACK = 8
+# Some tokenizers ask for " ." to be written as ".", and then a stop string with that space would never be seen.
+EXACT_TEXT = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 
 
 class StopRule:
@@ -31,5 +33,5 @@ class StopRule:
         if not self.strings:
             return False
         assert self.tokenizer is not None
-        text = str(self.tokenizer.decode(tokens[-self.tail :], skip_special_tokens=False))
+        text = str(self.tokenizer.decode(tokens[-self.tail :], **EXACT_TEXT))
         return any(s in text for s in self.strings)

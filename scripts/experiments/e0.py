@@ -34,7 +34,7 @@ SAMPLED: dict[str, tuple[tuple[str, str, str, str, str], int, float, float]] = {
     "dr_grpo_k2_g8": (("group_mean", "none", "constant", "k2", "loss"), 8, 1.098921, 1.611804),
     "dr_grpo_k3_g8": (("group_mean", "none", "constant", "k3", "loss"), 8, 1.060654, 1.514375),
 }
-STEPS, GROUPS, LR = 800, 64, 2.0
+STEPS, GROUPS, LR = 500, 64, 2.0
 
 
 def gradient_error(seed: int, combinations: slice = slice(None)) -> float:

@@ -59,6 +59,17 @@ def test_gold_that_is_no_answer(gold: Any) -> None:
         record(row(prompt="q", answer=gold), "prompt", "answer")
 
 
+def test_gold_after_a_marker() -> None:
+    worked = row(prompt="q", answer="3 #### no, 2 + 2 = 4\n#### 1,000 \n")
+    assert record(worked, "prompt", "answer", "####").answer == "1,000"
+
+
+@pytest.mark.parametrize("gold", ["4", "4 ####", "4 #### \n", None])
+def test_gold_without_its_marker(gold: str | None) -> None:
+    with pytest.raises(UnusableAnswer, match=r"rows.jsonl:7: no answer after '####' \(data.init_args.answer_after\)"):
+        record(row(prompt="q", answer=gold), "prompt", "answer", "####")
+
+
 @pytest.mark.parametrize("text", ["half \ud83d"])
 def test_lone_surrogates(text: str) -> None:
     for columns in ({"prompt": text}, {"prompt": [{"role": "user", "content": text}]}, {"prompt": "q", "answer": text}):

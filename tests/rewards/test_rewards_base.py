@@ -55,7 +55,9 @@ def test_weighted_sum():
 
 
 def test_scored_zero_is_valid_and_its_reason_is_counted():
-    found = judge([Scripted([Verdict(0.0, reason="wrong"), Verdict(0.0, reason="wrong"), Verdict(1.0)])], [sample()] * 3)
+    found = judge(
+        [Scripted([Verdict(0.0, reason="wrong"), Verdict(0.0, reason="wrong"), Verdict(1.0)])], [sample()] * 3
+    )
     assert found.valid.tolist() == [True] * 3
     assert found.rewards.tolist() == [0, 0, 1]
     assert found.reasons == [{"wrong": 2}]
@@ -84,8 +86,8 @@ def test_unusable_value_is_invalid_and_its_neighbours_are_unharmed(value):
 
 
 def test_one_invalid_function_makes_the_sample_invalid():
-    found = judge([Scripted([Verdict(1.0)], name="a"), Scripted([Verdict(1.0, "invalid")], [Verdict(1.0, "invalid")], name="b")],
-                  [sample()])  # fmt: skip
+    lost = [Verdict(1.0, "invalid")]
+    found = judge([Scripted([Verdict(1.0)], name="a"), Scripted(lost, lost, name="b")], [sample()])
     assert found.valid.tolist() == [False]
     assert found.rewards.tolist() == [0.0]
     assert found.scores[0, 0] == 1.0
@@ -93,8 +95,8 @@ def test_one_invalid_function_makes_the_sample_invalid():
 
 @pytest.mark.trap(19)
 def test_sample_without_any_judge_is_invalid():
-    found = judge([Scripted([Verdict(0.0, "not_applicable")], name="a"), Scripted([Verdict(0.0, "not_applicable")], name="b")],
-                  [sample()])  # fmt: skip
+    other = [Verdict(0.0, "not_applicable")]
+    found = judge([Scripted(other, name="a"), Scripted(other, name="b")], [sample()])
     assert found.valid.tolist() == [False]
     assert found.reasons == [{NO_FUNCTION: 1}, {NO_FUNCTION: 1}]
 

@@ -67,8 +67,8 @@ def test_questions_hold_every_side():
 
 
 @pytest.mark.parametrize(
-    "unit", ["1 ", "{", "$", "1,000", "\\frac", "(", "\\text{", "9", "= ", "a", "x ", "\\ ", "\\sqrt (", "A", "1\\,", "{}", ".",
-             "\\text{a}", "a.", "1 \\text{a ", "\\frac{1}", "%", "^\\circ", "√", "½", "-", "10^", "1e"],
+    "unit", ["1 ", "{", "$", "1,000", "\\frac", "(", "\\text{", "9", "= ", "a", "x ", "\\ ", "\\sqrt (", "A", "1\\,",
+             "{}", ".", "\\text{a}", "a.", "1 \\text{a ", "\\frac{1}", "%", "^\\circ", "√", "½", "-", "10^", "1e"],
 )  # fmt: skip
 @pytest.mark.parametrize("gold", ["5", "x", "\\text{ab}", "(3,\\infty)"])
 def test_time_is_linear(unit, gold):

@@ -10,7 +10,9 @@ def score(function, length):
     return function([Sample("p", "c", [1] * length, "stop", None, {})])[0].score
 
 
-@pytest.mark.parametrize(("length", "expected"), [(0, 0), (16, 0), (17, -0.25), (18, -0.5), (20, -1), (21, -1), (99, -1)])
+@pytest.mark.parametrize(
+    ("length", "expected"), [(0, 0), (16, 0), (17, -0.25), (18, -0.5), (20, -1), (21, -1), (99, -1)]
+)
 def test_overlong_gold(length, expected):
     assert score(OverlongPenalty(max_length=20, cache=4), length) == expected
 

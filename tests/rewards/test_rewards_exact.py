@@ -21,7 +21,9 @@ def test_integer_spellings(text):
 
 
 @pytest.mark.trap(38)
-@pytest.mark.parametrize("text", ["26", "-25", "2 5", "25, 26", "25 or 26", "50/2", "2^5", "٢٥", "25x", "25.5", "0x19", "1e2", ""])
+@pytest.mark.parametrize(
+    "text", ["26", "-25", "2 5", "25, 26", "25 or 26", "50/2", "2^5", "٢٥", "25x", "25.5", "0x19", "1e2", ""]
+)
 def test_integer_refusals(text):
     assert integer(f"\\boxed{{{text}}}").score == 0.0
 

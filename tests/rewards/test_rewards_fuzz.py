@@ -9,8 +9,9 @@ from lit_posttrain.rewards.extraction import extract_answer
 from lit_posttrain.types import Sample
 
 PIECES = st.sampled_from(
-    ["\\boxed{", "}", "{", "<think>", "</think>", "<answer>", "</answer>", "The answer is ", "#### ", "$", "\\frac", "17",
-     "\\text{", ",", ".", "=", "not ", "Wait, ", " or ", "\\", "x", "^", "_", "(", ")", "\n", "%", "\\phantom{", "1/0", "√", "½"]
+    ["\\boxed{", "}", "{", "<think>", "</think>", "<answer>", "</answer>", "The answer is ", "#### ", "$", "\\frac",
+     "17", "\\text{", ",", ".", "=", "not ", "Wait, ", " or ", "\\", "x", "^", "_", "(", ")", "\n",
+     "%", "\\phantom{", "1/0", "√", "½"]
 )  # fmt: skip
 TEXT = st.one_of(st.text(max_size=300), st.lists(PIECES, max_size=40).map("".join))
 
@@ -19,7 +20,7 @@ TEXT = st.one_of(st.text(max_size=300), st.lists(PIECES, max_size=40).map("".joi
 def functions():
     pytest.importorskip("math_verify")
     functions = [
-        MathVerifier(timeout=2.0), ExactAnswer("integer"), ExactAnswer("text", name="text"), ThinkFormat(),
+        MathVerifier(timeout=8.0), ExactAnswer("integer"), ExactAnswer("text", name="text"), ThinkFormat(),
         LengthPenalty(target=1), OverlongPenalty(max_length=4, cache=2),
     ]  # fmt: skip
     yield functions
@@ -44,7 +45,9 @@ def test_an_extracted_answer_stands_in_the_text(text, source):
     assert answer is None or all(part in text for part in answer.split(", "))
 
 
-@given(st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "a", " ", "\n"]), max_size=8).map("".join))
+@given(
+    st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "a", " ", "\n"]), max_size=8).map("".join)
+)
 def test_format_agrees_with_a_parser_of_the_grammar(text):
     """The oracle walks through the grammar symbol by symbol instead of searching for tags."""
     rest, ok = text.lstrip(), True

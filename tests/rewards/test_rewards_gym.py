@@ -23,7 +23,9 @@ def sample(item, completion, stop="stop"):
     return Sample(item["question"], completion, [1], stop, item["answer"], dict(item))
 
 
-@pytest.mark.parametrize("name", ["basic_arithmetic", "spell_backward", "sudoku", "prime_factorization", "knights_knaves"])
+@pytest.mark.parametrize(
+    "name", ["basic_arithmetic", "spell_backward", "sudoku", "prime_factorization", "leg_counting"]
+)
 def test_oracle_answers_are_right_and_garbage_is_not(reward, name):
     item = reasoning_gym.create_dataset(name, seed=3, size=1)[0]
     found = judge([reward], [sample(item, text) for text in (
@@ -45,7 +47,7 @@ def test_a_scorer_that_raises_on_the_answer_gives_zero_with_the_reason(reward):
 
 def test_partial_credit_needs_a_lower_threshold(reward):
     item = reasoning_gym.create_dataset("basic_arithmetic", seed=3, size=1)[0]
-    half = [sample(item, f"<answer>{item['answer']}{' ' * 0}!</answer>")]
+    half = [sample(item, f"<answer>{item['answer']}!</answer>")]
     assert reward(half)[0].score == 0.0
     lenient = ReasoningGymReward(threshold=0.01)
     try:
@@ -84,7 +86,7 @@ def test_no_other_scorer_evaluates_its_argument():
             suspects.add(name)
     helpers = {"n_queens"}  # evaluates a cleaned copy
     assert suspects | helpers <= EXECUTING_SCORERS
-    assert EXECUTING_SCORERS <= set(DATASETS)
+    assert set(DATASETS) >= EXECUTING_SCORERS
 
 
 def test_unknown_generator(reward):

@@ -40,7 +40,11 @@ def test_corpus(verifier):
     assert len(cases) >= 120
     found = judge([verifier], [sample(case) for case in cases])
     assert found.valid.all()
-    wrong = [(c["gold"], c["completion"], r) for c, r in zip(cases, found.rewards.tolist(), strict=True) if r != c["expected"]]
+    wrong = [
+        (c["gold"], c["completion"], r)
+        for c, r in zip(cases, found.rewards.tolist(), strict=True)
+        if r != c["expected"]
+    ]
     assert wrong == []
     counts = Counter(case["expected"] for case in cases)
     assert min(counts.values()) >= 100  # both kinds, so that neither "always" nor "never" passes
@@ -79,7 +83,9 @@ def test_each_question_is_asked_once(verifier):
     assert [v.score for v in verdicts] == [1.0] * 8 + [0.0] * 8
 
 
-@pytest.mark.parametrize("gold", ["5", "1,234", "\\frac{1}{2}", "x^2+1", "(3,\\infty)", "\\text{Tuesday}", "C", "1011_2", "$5$"])
+@pytest.mark.parametrize(
+    "gold", ["5", "1,234", "\\frac{1}{2}", "x^2+1", "(3,\\infty)", "\\text{Tuesday}", "C", "1011_2", "$5$"]
+)
 def test_usable_gold(verifier, gold):
     verifier.check_answer(gold)
 
@@ -98,7 +104,8 @@ def test_gold_that_slipped_through_is_invalid_not_zero(verifier):
 
 
 @pytest.mark.parametrize(
-    ("answer", "vote"), [("025", "25"), ("1,234", "1234"), ("0.50", "1/2"), ("\\dfrac{1}{2}", "1/2"), ("x + 1", "x+1"), ("", None)]
+    ("answer", "vote"),
+    [("025", "25"), ("1,234", "1234"), ("0.50", "1/2"), ("\\dfrac{1}{2}", "1/2"), ("x + 1", "x+1"), ("", None)],
 )
 def test_votes(verifier, answer, vote):
     assert verifier.extract(of("0", answer)) == vote
@@ -137,5 +144,5 @@ def test_without_math_verify(monkeypatch):
 
 
 def test_importing_rewards_imports_no_task_library():
-    code = "import sys, lit_posttrain.rewards; assert not {'math_verify', 'reasoning_gym', 'sympy.parsing'} & set(sys.modules)"
+    code = "import sys, lit_posttrain.rewards; assert not {'math_verify', 'reasoning_gym'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -248,7 +248,14 @@ def test_worker_holds_no_secrets_and_no_torch(warm):
     child = children(warm._process.pid)[0]
     environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
     names = {entry.split(b"=")[0] for entry in environment if entry}
-    assert names <= {b"PYTHONHASHSEED", b"LANG", b"LC_CTYPE", b"OMP_NUM_THREADS", b"OPENBLAS_NUM_THREADS", b"LD_LIBRARY_PATH"}
+    assert names <= {
+        b"PYTHONHASHSEED",
+        b"LANG",
+        b"LC_CTYPE",
+        b"OMP_NUM_THREADS",
+        b"OPENBLAS_NUM_THREADS",
+        b"LD_LIBRARY_PATH",
+    }
     assert "libtorch" not in Path(f"/proc/{child}/maps").read_text()
     limits = Path(f"/proc/{child}/limits").read_text()
     assert f"{1024 << 20}" in next(line for line in limits.splitlines() if line.startswith("Max address space"))
@@ -294,7 +301,12 @@ def fail():
 
 @pytest.mark.parametrize(
     ("job", "expected"),
-    [(spin, Outcome("timeout")), (hoard, Outcome("memory")), (os.abort, Outcome("crash")), (fail, b'{"raised": "LookupError"}')],
+    [
+        (spin, Outcome("timeout")),
+        (hoard, Outcome("memory")),
+        (os.abort, Outcome("crash")),
+        (fail, b'{"raised": "LookupError"}'),
+    ],
 )
 def test_ends_of_a_job(job, expected):
     assert run_worker(job, seconds=0.2, memory=16 << 30) == expected

@@ -1,0 +1,143 @@
+"""How the log-probs of sequences come out of a HF causal LM: decoder, packed or padded, then the chunked head."""
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_posttrain import attention
+from lit_posttrain.batching import pack
+from lit_posttrain.functional.log_probs import TokenLogProbs, token_log_probs
+from lit_posttrain.types import Sequences
+
+
+def log_probs(
+    network: PreTrainedModel,
+    sequences: Sequences,
+    mask: Bool[Tensor, "b t"],
+    temperature: float,
+    *,
+    packed: bool,
+    with_entropy: bool = False,
+) -> TokenLogProbs:
+    """Log p(token i+1 | tokens up to i) at ``temperature`` where ``mask`` is True, 0 elsewhere; fp32 ``[b, t]``.
+
+    Args:
+        network: Whose attention is switched by ``share_prompts`` where ``packed``.
+        sequences: Right-padded rows.
+        mask: Positions to score.
+        temperature: Logits are divided by it.
+        packed: Compute a prompt that several rows share once.
+        with_entropy: Also the entropy of each scored distribution, without gradient.
+    """
+    head = network.get_output_embeddings()
+    arguments: dict[str, Any] = {"bias": getattr(head, "bias", None), "with_entropy": with_entropy}
+    arguments |= _logit_transform(network.config)
+    if packed and bool(mask.any()):
+        return _packed(network, head.weight, sequences, mask, temperature, arguments)
+    # Rows are right-padded and attention is causal: no real token ever sees padding, so no mask is needed.
+    hidden = _decoder(network)(input_ids=sequences.ids, use_cache=False).last_hidden_state
+    return token_log_probs(hidden, head.weight, sequences.ids, temperature, mask=mask, **arguments)
+
+
+def _packed(
+    network: PreTrainedModel,
+    weight: Tensor,
+    sequences: Sequences,
+    mask: Bool[Tensor, "b t"],
+    temperature: float,
+    arguments: dict[str, Any],
+) -> TokenLogProbs:
+    row = pack(sequences)
+    # A mask that is already four-dimensional is passed on as it is, so that none is built; the layout replaces it.
+    unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.ids.device)
+    hidden = _decoder(network)(
+        input_ids=row.ids, position_ids=row.positions, attention_mask=unread, layout=row.groups, use_cache=False
+    ).last_hidden_state
+    states, targets = hidden[0, row.states[mask]], sequences.ids[:, 1:][mask]
+    # As one sequence whose state i predicts token i + 1, so that the shift stays in one place.
+    flat = token_log_probs(
+        torch.cat((states, states[:1]))[None], weight, torch.cat((targets[:1], targets))[None], temperature, **arguments
+    )
+    scattered = flat.log_probs.new_zeros(mask.shape).masked_scatter(mask, flat.log_probs)
+    entropy = flat.entropy
+    if entropy is not None:
+        entropy = entropy.new_zeros(mask.shape).masked_scatter(mask, entropy)
+    return TokenLogProbs(scattered, entropy)
+
+
+@torch.no_grad()
+def share_prompts(network: PreTrainedModel) -> bool:
+    """Switch to the attention that packed rows need, and see on a small example that it computes the same.
+
+    Returns:
+        False, after a warning that names the architecture, where it does not: rows are then padded.
+    """
+    before = network.config._attn_implementation
+    size = network.config.get_text_config().vocab_size
+    sequences = Sequences(
+        torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 10, 0], [11, 12, 13, 14, 15]]) % size,
+        torch.tensor([3, 3, 2]),
+        torch.tensor([5, 4, 5]),
+    )
+    mask = sequences.completion_mask()
+    try:
+        padded = log_probs(network, sequences, mask, 1.0, packed=False).log_probs
+        network.set_attn_implementation(attention.NAME)
+        packed = log_probs(network, sequences, mask, 1.0, packed=True).log_probs
+        reason = None if torch.allclose(padded, packed, atol=1e-3) else "it computes something else there"
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        reason = str(error)
+    if reason is None:
+        return True
+    network.set_attn_implementation(before)
+    warnings.warn(
+        f"{type(network).__name__} cannot share prompts in packed rows ({reason}): rows are padded, which is slower",
+        stacklevel=2,
+    )
+    return False
+
+
+def _decoder(network: PreTrainedModel) -> nn.Module:
+    return getattr(network, network.base_model_prefix)
+
+
+def _logit_transform(config: Any) -> dict[str, float | None]:
+    """What stands between head and logits: Gemma caps them, Cohere and Granite scale them."""
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None)
+    if scale is None and (divisor := getattr(config, "logits_scaling", None)) is not None:
+        scale = 1.0 / divisor
+    return {"softcap": getattr(config, "final_logit_softcapping", None), "scale": scale}
+
+
+@torch.no_grad()
+def check_network(network: PreTrainedModel) -> None:
+    """Refuse an architecture that cannot be decoded left-padded, or whose logits the chunked head cannot compute."""
+    missing = {"position_ids", "past_key_values", "logits_to_keep"} - inspect.signature(
+        network.forward
+    ).parameters.keys()
+    if missing:
+        raise ValueError(
+            f"model.init_args.policy.model: {type(network).__name__} takes no {' and no '.join(sorted(missing))}, "
+            "which sampling needs"
+        )
+    ids = torch.arange(1, 9)[None] % network.config.get_text_config().vocab_size
+    sequences = Sequences(ids, torch.ones(1, dtype=torch.long), torch.full((1,), 8))
+    try:
+        expected = network(input_ids=ids).logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        ours = log_probs(network, sequences, sequences.completion_mask(), 1.0, packed=False).log_probs
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"model.init_args.policy.model: {type(network).__name__} has no decoder and head as expected ({error})"
+        ) from error
+    if not torch.allclose(expected, ours, atol=1e-3):
+        gap = (expected - ours).abs().max().item()
+        raise ValueError(
+            f"model.init_args.policy.model: {type(network).__name__} computes its logits in a way that the chunked "
+            f"log-probability head does not reproduce (log-probabilities differ by {gap:.3g})"
+        )

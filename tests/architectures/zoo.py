@@ -1,0 +1,84 @@
+"""Tiny random networks of many architectures over the byte tokenizer, each with dropout in its config and some trait.
+
+The traits are what breaks naive code: absolute positions, biases, sliding windows shorter than the prompts, soft caps,
+logit scales, fused projections, per-head norms, tied and untied heads.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import byte_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+WINDOW = 6
+_LLAMA_LIKE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "attention_dropout": 0.2,
+}
+_GEMMA = {**_LLAMA_LIKE, "head_dim": 8, "sliding_window": WINDOW, "tie_word_embeddings": True}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {**_LLAMA_LIKE, "tie_word_embeddings": True},
+    "qwen3": {**_LLAMA_LIKE, "head_dim": 8, "tie_word_embeddings": False},
+    "mistral": {**_LLAMA_LIKE, "sliding_window": WINDOW},
+    "gemma2": {**_GEMMA, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 20.0},
+    "gemma3_text": {**_GEMMA, "final_logit_softcapping": 5.0, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {**_LLAMA_LIKE, "resid_pdrop": 0.2, "embd_pdrop": 0.2},
+    "cohere": {**_LLAMA_LIKE, "logit_scale": 0.25},
+    "granite": {**_LLAMA_LIKE, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "attn_pdrop": 0.2,
+        "resid_pdrop": 0.2,
+        "embd_pdrop": 0.2,
+    },
+    "gpt_neox": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "hidden_dropout": 0.2,
+        "attention_dropout": 0.2,
+    },
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "word_embed_proj_dim": 32,
+        "dropout": 0.2,
+        "attention_dropout": 0.2,
+        "layerdrop": 0.5,
+    },
+}
+
+
+def tiny_architecture(name: str, **overrides: Any) -> PretrainedConfig:
+    """A config of this model type for the byte tokenizer's vocabulary, pad equal to eos."""
+    tokenizer = byte_tokenizer()
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    arguments = {"vocab_size": len(tokenizer), **ids, "pad_token_id": tokenizer.eos_token_id}
+    return AutoConfig.for_model(name, **{**arguments, **ARCHITECTURES[name], **overrides})
+
+
+def write_architecture(name: str, folder: Path, **overrides: Any) -> Path:
+    """Save a random network of this architecture with the tokenizer; the same name gives the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = AutoModelForCausalLM.from_config(tiny_architecture(name, **overrides))
+        # Sharp distributions, and biases and norms that matter: at HF's initial scale nothing would show.
+        for p in network.parameters():
+            p.data.mul_(12).add_(0.1 * torch.randn_like(p)) if p.dim() > 1 else p.data.add_(0.3 * torch.randn_like(p))
+    network.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

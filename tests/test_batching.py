@@ -1,0 +1,126 @@
+"""Rows into micro-batches: every row once, within the budget, nothing of a row lost or mixed up."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_posttrain.batching import idle, pad_sequences, split, take, to_device
+from lit_posttrain.types import MicroBatch, Sequences
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 20)), min_size=1, max_size=14)
+
+
+def batch_of(lengths: list[tuple[int, int]]) -> tuple[Sequences, torch.Tensor, dict[str, torch.Tensor]]:
+    """Rows in which every token and column entry says which row and position it belongs to."""
+    prompts = [[1000 * i + j for j in range(p)] for i, (p, _) in enumerate(lengths)]
+    completions = [[1000 * i + p + j for j in range(c)] for i, (p, c) in enumerate(lengths)]
+    sequences = pad_sequences(prompts, completions)
+    b, s = sequences.ids.shape
+    places = 1000.0 * torch.arange(b)[:, None] + torch.arange(s - 1)
+    columns = {"advantages": torch.arange(b, dtype=torch.float32), "old_log_probs": places}
+    return sequences, sequences.completion_mask(), columns
+
+
+def test_rows_are_right_padded() -> None:
+    sequences = pad_sequences([[5, 6], [7]], [[8], [9, 10, 11]])
+    assert sequences.ids.tolist() == [[5, 6, 8, 0], [7, 9, 10, 11]]
+    assert sequences.prompt_lengths.tolist() == [2, 1]
+    assert sequences.lengths.tolist() == [3, 4]
+    assert sequences.attention_mask().tolist() == [[True, True, True, False], [True] * 4]
+    # Position i scores token i + 1: the first row's one completion token, the second row's three.
+    assert sequences.completion_mask().tolist() == [[False, True, False], [True, True, True]]
+
+
+def test_prompts_and_completions_must_pair_up() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        pad_sequences([[1]], [[2], [3]])
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=LENGTHS, budget=st.integers(1, 120), data=st.data())
+def test_every_chosen_row_is_in_one_micro_batch_within_the_budget(lengths, budget: int, data) -> None:
+    sequences, mask, columns = batch_of(lengths)
+    chosen = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True))
+    batches = split(sequences, mask, columns, budget, rows=torch.tensor(chosen, dtype=torch.long))
+    assert sorted(i for batch in batches for i in batch.rows.tolist()) == sorted(chosen)
+    for batch in batches:
+        width = batch.sequences.ids.shape[1]
+        assert width == int(batch.sequences.lengths.max())  # trimmed to its longest row
+        assert len(batch.rows) * width <= budget or len(batch.rows) == 1
+        check_rows(batch, lengths)
+
+
+def check_rows(batch: MicroBatch, lengths: list[tuple[int, int]]) -> None:
+    for k, i in enumerate(batch.rows.tolist()):
+        p, c = lengths[i]
+        assert batch.sequences.ids[k, : p + c].tolist() == [1000 * i + j for j in range(p + c)]
+        assert (int(batch.sequences.prompt_lengths[k]), int(batch.sequences.lengths[k])) == (p, p + c)
+        assert batch.mask[k].nonzero()[:, 0].tolist() == list(range(p - 1, p + c - 1))
+        assert batch.columns["advantages"][k] == i
+        assert batch.columns["old_log_probs"][k].tolist() == [1000 * i + j for j in range(batch.mask.shape[1])]
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=LENGTHS, budget=st.integers(1, 120))
+def test_all_rows_by_default_and_alike_each_time(lengths, budget: int) -> None:
+    sequences, mask, columns = batch_of(lengths)
+    torch.manual_seed(budget)
+    first = split(sequences, mask, columns, budget)
+    again = split(sequences, mask, columns, budget)
+    assert sorted(i for batch in first for i in batch.rows.tolist()) == list(range(len(lengths)))
+    assert [batch.rows.tolist() for batch in first] == [batch.rows.tolist() for batch in again]
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=LENGTHS, budget=st.integers(1, 120))
+def test_neighbours_are_alike_in_length(lengths, budget: int) -> None:
+    """No micro-batch could take the next longest row as well: none is smaller than it need be."""
+    batches = split(*batch_of(lengths), budget)
+    totals = [sorted((sum(lengths[i]) for i in batch.rows.tolist()), reverse=True) for batch in batches]
+    for current, following in zip(totals, totals[1:], strict=False):
+        assert current[-1] >= following[0]
+        assert current[0] * (len(current) + 1) > budget
+
+
+def test_a_row_above_the_budget_goes_alone() -> None:
+    batches = split(*batch_of([(2, 3), (10, 20), (2, 3)]), 12)
+    assert [batch.rows.tolist() for batch in batches] == [[1], [0, 2]]
+
+
+def test_no_rows_no_micro_batches() -> None:
+    assert split(*batch_of([(1, 1)]), 8, rows=torch.zeros(0, dtype=torch.long)) == []
+
+
+def test_masked_out_positions_stay_masked_out() -> None:
+    sequences, mask, columns = batch_of([(2, 3), (1, 4)])
+    mask[0] = False
+    batch = take(sequences, mask, columns, torch.tensor([1, 0]))
+    assert batch.mask.sum(-1).tolist() == [4, 0]
+
+
+def test_a_micro_batch_owns_its_values() -> None:
+    sequences, mask, columns = batch_of([(2, 3), (1, 4)])
+    batch = take(sequences, mask, columns, torch.tensor([0, 1]))
+    columns["old_log_probs"].fill_(7)
+    assert not (batch.columns["old_log_probs"] == 7).any()
+
+
+def test_an_idle_micro_batch_counts_nowhere() -> None:
+    sequences, mask, columns = batch_of([(2, 3), (1, 4)])
+    batch = idle(columns)
+    assert not batch.mask.any()
+    assert not batch.sequences.completion_mask().sum() == 0  # it has a token to score, which the mask leaves out
+    assert len(batch.rows) == 0
+    assert batch.columns.keys() == columns.keys()
+    assert batch.columns["advantages"].shape == (1,)
+    assert batch.columns["old_log_probs"].shape == batch.mask.shape == (1, 1)
+
+
+def test_to_device_moves_all_but_the_row_numbers() -> None:
+    """The rows index tensors that stay on the CPU."""
+    sequences, mask, columns = batch_of([(2, 3), (1, 4)])
+    moved = to_device(take(sequences, mask, columns, torch.tensor([0])), torch.device("meta"))
+    tensors = [*moved.sequences, moved.mask, *moved.columns.values()]
+    assert {t.device.type for t in tensors} == {"meta"}
+    assert moved.rows.device.type == "cpu"
