@@ -154,9 +154,9 @@ def pack(sequences: Sequences) -> PackedRow:
         for i, row in enumerate(rows):
             own = lengths[row] - p
             block[i, :own] = sequences.ids[row, p : p + own]
-            # The prompt's last state predicts the first token, every completion token's the one after it.
+            # The prompt's last state predicts the first token of every completion.
             first = start + p + i * width
-            states[row, p - 1] = start + p - 1
+            states[row, :p] = torch.arange(start, start + p, device=states.device)
             states[row, p : p + own - 1] = torch.arange(first, first + own - 1, device=states.device)
         ids += [sequences.ids[rows[0], :p], block.flatten()]
         positions += [torch.arange(p), torch.arange(p, p + width).repeat(len(rows))]

@@ -78,6 +78,15 @@ class SaveConfig(SaveConfigCallback):
             self.config_filename = "config.yaml" if stage == "fit" else f"{TrainerFn(stage).value}.yaml"
             super().setup(trainer, pl_module, stage)
 
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The same as text beside the curves, on rank zero."""
+        text = self.parser.dump(self.config, skip_none=False)
+        block = "\n".join("    " + line for line in text.splitlines())  # indented: markdown that nothing can end
+        for logger in trainer.loggers:
+            writer = getattr(logger, "experiment", None)
+            if hasattr(writer, "add_text"):
+                writer.add_text("config", block, 0)  # pyright: ignore[reportAttributeAccessIssue]
+
 
 class PostTrainCLI(LightningCLI):
     """The four commands of Lightning.

@@ -95,7 +95,9 @@ def fingerprint(parameters: Iterable[Tensor]) -> list[int]:
         bits = local.contiguous().view(torch.int32 if local.element_size() == 4 else torch.int16).flatten()
         # Weighted by position, so that swapped values count as a change too; in parts, because int64 copies of a
         # whole embedding would take several times its memory.
-        weights = torch.arange(1, min(bits.numel(), _FINGERPRINT_PART) + 1, device=bits.device)
-        parts = bits.split(_FINGERPRINT_PART)
-        sums.append(sum(int((part.long() * weights[: len(part)]).sum()) * (i + 1) for i, part in enumerate(parts)))
+        total = 0
+        for i, part in enumerate(bits.split(_FINGERPRINT_PART)):
+            weights = torch.arange(1, len(part) + 1, device=bits.device) + i * _FINGERPRINT_PART
+            total += int((part.long() * weights).sum())
+        sums.append(total)
     return sums

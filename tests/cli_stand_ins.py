@@ -135,6 +135,10 @@ class Tiny(ModelBase):
         super().configure_model()
 
     def training_step(self, batch, i):
+        def setup():  # of an engine, say: by its name it is no preparation of the run
+            _raise(self, "setup_in_step")
+
+        setup()
         _raise(self, "training_step")
         return super().training_step(batch, i)
 

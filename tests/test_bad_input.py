@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line that names the key, before anything is computed, and nothing that existed is lost."""
+"""What a user gets wrong: one line that names the key, before anything is computed, and nothing is lost by it."""
 
 import json
 import shutil
@@ -98,9 +98,10 @@ class Case:
         change(config["model"]["init_args"], config["data"]["init_args"])
         Path("bad.yaml").write_text(yaml.safe_dump(config))
         self.capsys.readouterr()
-        with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            cli.main(["fit", "--config", "bad.yaml", "--ckpt_path", "last"])
+            with pytest.raises(SystemExit) as stop:
+                cli.main(["fit", "--config", "bad.yaml", "--ckpt_path", "last"])
         error = self.capsys.readouterr().err
         lines = [line for line in error.splitlines() if line.startswith("lit-posttrain: ")]
         assert lines, error

@@ -251,7 +251,10 @@ def test_a_missing_data_file_is_one_line(run, capsys):
     assert (code, "No such file" in line, "rows.jsonl" in line) == (2, True, True)
 
 
-@pytest.mark.parametrize(("fault", "kind"), [("bug@init", RuntimeError), ("value@training_step", ValueError)])
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [("bug@init", RuntimeError), ("value@training_step", ValueError), ("value@setup_in_step", ValueError)],
+)
 def test_a_bug_keeps_its_traceback(run, fault, kind):
     with pytest.raises(kind) as bug:
         run("fit", "--config", "base.yaml", f"--model.fault={fault}")

@@ -1,6 +1,7 @@
 """Every YAML file that is shipped: it parses as a user's command, runs, and holds the values of its paper."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ ids = [str(p.relative_to(CONFIGS)) for p in EXPERIMENTS]
 
 # The one set of overrides by which any experiment becomes a run of seconds: sizes, the tiny model and local data.
 # Nothing of the algorithm is among them: objective, rewards, minibatches, reference, template and schedule stay.
-SIZES = """
+SIZES = shlex.split("""
 --trainer.accelerator=cpu --trainer.devices=1 --trainer.max_steps=2 --trainer.limit_val_batches=1
 --trainer.val_check_interval=1 --trainer.logger.init_args.save_dir=logs
 --model.init_args.policy.compute_dtype=float32 --model.init_args.sampling.max_new_tokens=4
 --model.init_args.group_size=4 --model.init_args.token_budget=4096 --model.init_args.evaluation.samples=2
 --data.init_args.batch_size=4 --data.init_args.val_batch_size=2
-""".split()
+""")
 LOCAL_DATA = {"dataset": "questions.jsonl", "subset": None, "val_split": None, "held_out_percent": 30, "val_size": 2}
 
 

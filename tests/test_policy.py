@@ -15,7 +15,7 @@ from lit_posttrain.policy import LoraConfig, Policy, PolicyConfig, load_network,
 from lit_posttrain.types import Sequences
 
 EOS = 1
-PROMPT_LENGTHS = [3, 1, 9, 5]
+PROMPT_LENGTHS = [3, 1, 9, 3]
 LENGTHS = [12, 2, 20, 9]
 
 
@@ -28,10 +28,14 @@ def hf(folder: Path):
 
 
 def rows(width: int = 20, padding: int | None = None, seed: int = 0) -> Sequences:
-    """Rows with end tokens in prompts and completions, each ending with one; random ids or ``padding`` after them."""
+    """Rows with end tokens in prompts and completions, each ending with one; random ids or ``padding`` after them.
+
+    The first and the last share their prompt.
+    """
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, 258, (4, 20), generator=generator)
     ids[0, 1] = ids[2, 4] = ids[2, 12] = EOS
+    ids[3, :3] = ids[0, :3]
     junk = torch.randint(0, 258, (4, width), generator=torch.Generator().manual_seed(seed))
     full = junk if padding is None else torch.full((4, width), padding)
     for i, n in enumerate(LENGTHS):
@@ -81,6 +85,19 @@ def test_log_probs_are_hf_log_softmax_of_each_row_alone(
             torch.testing.assert_close(scored.log_probs[i].double(), expected, atol=1e-4, rtol=1e-4)
             assert scored.entropy is not None
             torch.testing.assert_close(scored.entropy[i].double(), entropy, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_prompt_tokens_can_be_scored_too(architecture_folder, architecture: str) -> None:
+    """A mask over prompt and completion alike, as for pretraining text."""
+    folder, sequences = architecture_folder(architecture), rows()
+    policy, network = policy_of(folder), hf(folder)
+    mask = sequences.attention_mask()[:, 1:]
+    scored = policy(sequences, mask, 1.0).log_probs
+    for i, n in enumerate(LENGTHS):
+        every = network(input_ids=sequences.ids[i : i + 1, :n]).logits[0].log_softmax(-1)
+        expected = every[:-1].gather(1, sequences.ids[i, 1:n, None])[:, 0]
+        torch.testing.assert_close(scored[i, : n - 1], expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text"])
@@ -313,9 +330,9 @@ def test_an_architecture_that_cannot_be_scored_is_refused_by_name(tmp_path: Path
 @pytest.mark.parametrize("lost", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
 def test_a_logit_transform_that_went_unseen_is_refused(architecture_folder, monkeypatch, lost: str) -> None:
     """The check at load compares with HF's logits, so a transform that the head does not know of cannot slip by."""
-    from lit_posttrain import policy as module
+    from lit_posttrain import scoring
 
     name = {"final_logit_softcapping": "gemma2", "logit_scale": "cohere", "logits_scaling": "granite"}[lost]
-    monkeypatch.setattr(module, "_logit_transform", lambda config: {"softcap": None, "scale": None})
+    monkeypatch.setattr(scoring, "_logit_transform", lambda config: {"softcap": None, "scale": None})
     with pytest.raises(ValueError, match="does not reproduce"):
         policy_of(architecture_folder(name))

@@ -1,4 +1,4 @@
-"""Whole runs on the tiny model: data, module and Trainer in a second or two, and what is read back from their folders."""
+"""Whole runs on the tiny model: data, module and Trainer in a second or two, and what is read back from them."""
 
 import json
 import multiprocessing

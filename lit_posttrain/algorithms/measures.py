@@ -100,6 +100,8 @@ def _updates(results: Sequence[StepResult]) -> dict[str, float]:
     """Means over the iteration's updates; what only the first one measures is taken from it."""
     names = list(dict.fromkeys(name for r in results for name in r.metrics))
     metrics = {n: _mean([r.metrics[n] for r in results if n in r.metrics]) for n in names}
+    for name in ("loss", "policy_loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
+        metrics.setdefault(name, 0.0)  # no row had anything to learn from, so none was computed
     fraction = results[0].metrics.get("scored_fraction", 0.0)
     for name in ("sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean", "entropy"):
         # Left-out rows are in the denominator but were never scored.

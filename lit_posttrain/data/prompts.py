@@ -76,7 +76,7 @@ class VerifiablePrompts(PostTrainDataModule):
         val_size: int | None = None,
         held_out_percent: int = 10,
         column_map: dict[str, str] | None = None,
-        answer_after: str | None = None,
+        answer_after: str = "",  # not None: the parser reads "####" for such a type as an empty YAML document
         val_batch_size: int | None = None,
         max_prompt_length: int | None = None,
         long_prompts: OnBad = "error",

@@ -58,14 +58,14 @@ def default_column(rows: list[Row], *names: str) -> str | None:
     return next((name for name in names if any(name in row for row in rows)), None)
 
 
-def record(row: Row, prompt_column: str, answer_column: str | None, answer_after: str | None = None) -> Record:
+def record(row: Row, prompt_column: str, answer_column: str | None, answer_after: str = "") -> Record:
     """The question and the answer of a row.
 
     Args:
         row: The row.
         prompt_column: Name or dotted path of the question or message list.
         answer_column: Name or dotted path of the gold answer; None: the rows have none.
-        answer_after: The answer is what follows the last such text in its column; None: all of it.
+        answer_after: The answer is what follows the last such text in its column; empty: all of it.
 
     Raises:
         UnusableAnswer: The answer is neither text nor a finite number nor None, or lacks ``answer_after``.
@@ -78,7 +78,7 @@ def record(row: Row, prompt_column: str, answer_column: str | None, answer_after
     answer = None
     if answer_column is not None:
         answer = _gold(column(row, answer_column, "answer"), f"{row.origin}: column {answer_column!r}")
-    if answer_after is not None:
+    if answer_after:
         _, found, answer = (answer or "").rpartition(answer_after)
         answer = answer.strip()
         if not found or not answer:

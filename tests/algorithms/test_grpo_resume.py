@@ -1,4 +1,4 @@
-"""GRPO that is killed or stopped anywhere goes on bit for bit: reference, minibatches, schedule and adapters included."""
+"""GRPO that is killed or stopped anywhere goes on bit for bit: reference, minibatches, schedule and adapters too."""
 
 import hashlib
 import json
@@ -260,7 +260,7 @@ def test_other_data(tiny_model: Path, three_iterations: Path, tmp_path: Path) ->
     found = newest_checkpoint(tmp_path / "run/version_0")
     assert found is not None
     other = prompts(tiny_model, tmp_path / "run", batch_size=4)
-    with pytest.raises(ValueError, match="data.init_args.batch_size: 4 is not what the checkpoint was trained with"):
+    with pytest.raises(ValueError, match=r"data.init_args.batch_size: 4 is not what the checkpoint was trained with"):
         trainer(tmp_path / "run", CheckpointEvery(1), max_steps=4).fit(
             build(tiny_model, tmp_path, ignore, False), other, ckpt_path=found.state
         )

@@ -54,7 +54,8 @@ def test_mixed_numbers(whole, above, below):
     ("gold", "answer", "expected"),
     [("5", "3=5", False), ("3", "3=x", True), ("1011", "1011_3", False), ("5", "5x/x", False), ("5", "5 or 6", False),
      ("12", "\\textbf{(C)}\\ 12", True), ("C", "(C)", True), ("5", "5 \\text{ cm}", True), ("5 cm", "5 m", False),
-     ("3/4", "3:4", False), ("5", "(" * 30 + "5" + ")" * 30, False), ("\\text{yes}", "Yes.", True)],
+     ("3/4", "3:4", False), ("5", "(" * 30 + "5" + ")" * 30, False), ("\\text{yes}", "Yes.", True),
+     ("1/3", "0.33", False), ("1/3", "0.333333", True), ("1/3", "0.333334", False)],
 )  # fmt: skip
 def test_decided(gold, answer, expected):
     assert compare(gold, answer) is expected

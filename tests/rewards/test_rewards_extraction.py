@@ -14,6 +14,7 @@ from lit_posttrain.rewards.extraction import MAX_ANSWER, extract_answer
         ("so \\boxed{5}", "5"),
         ("\\boxed{\\frac{1}{\\sqrt{2}}} is it", "\\frac{1}{\\sqrt{2}}"),
         ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
+        ("\\boxed{\\left\\{1\\right.}", "\\left\\{1\\right."),
         ("\\boxed{\\boxed{5}}", "5"),
         ("\\fbox{7}", "7"),
         ("\\boxed{1}. Wait, that is wrong. \\boxed{2}", "2"),

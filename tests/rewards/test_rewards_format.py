@@ -31,6 +31,7 @@ def test_accepts(completion):
         "<think>a<think>b</think></think><answer>5</answer>", "<think>a</think><think>b</think><answer>5</answer>",
         "<think>a</think><answer>5</answer><answer>6</answer>", "<think>a<answer>5</answer></think>",
         "<think>a</think><answer><answer>5</answer></answer>", "<think>a<answer>5</think></answer>",
+        "<think>a<think>b</think><answer>5</answer>", "<think>a</think><answer>5<answer>6</answer>",
         "<think>a</think><answer>5", "<think>a<answer>5</answer>", "a</think><answer>5</answer>",
         "<think>a</think>5</answer>", "</think>a<think><answer>5</answer>", "<think>a</think></answer>5<answer>",
         "<THINK>a</THINK><ANSWER>5</ANSWER>", "<think >a</think><answer>5</answer>", GOOD + "</answer>",
