@@ -127,7 +127,7 @@ class Policy(nn.Module):
         self.window = attention.window_of(network)
         self.model: nn.Module = add_lora(network, config.lora) if config.lora else network
         if config.gradient_checkpointing:
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            network.gradient_checkpointing_enable({"use_reentrant": False})
             if config.lora:
                 network.enable_input_require_grads()
         # In __dict__, not registered: the view must not enter state_dict.
@@ -174,8 +174,12 @@ class Policy(nn.Module):
         attention_mask: Int[Tensor, "b m"],
         cache: Any,
     ) -> Float[Tensor, "b v"]:
-        """fp32 logits of the token after the last column; ``cache`` (a HF cache) grows by ``n`` columns in place."""
+        """fp32 logits of the token after the last column; ``cache`` (a HF cache) grows by ``n`` columns in place.
+
+        Only inside ``decoding()``.
+        """
         network = _causal_lm(self._view().module)
+        assert not network.training, "HF's gradient checkpointing would throw the cache away: enter decoding() first"
         output = network(
             input_ids=ids,
             position_ids=positions,
@@ -185,6 +189,18 @@ class Policy(nn.Module):
             logits_to_keep=1,
         )
         return output.logits[:, -1].float()
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Evaluation mode inside: in training mode HF's gradient checkpointing drops the cache, and says so only once."""
+        training = [m for m in self._view().module.modules() if m.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names and fp32 parameters that the optimizer owns."""

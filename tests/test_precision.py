@@ -74,9 +74,7 @@ def test_masters_stay_fp32_and_the_view_is_their_rounding(network: nn.Module) ->
     view = ComputeView(network, torch.bfloat16)
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert {p.dtype for p in view.module.parameters()} == {torch.bfloat16}
-    for (name, master), (other, low) in zip(
-        network.named_parameters(), view.module.named_parameters(), strict=True
-    ):
+    for (name, master), (other, low) in zip(network.named_parameters(), view.module.named_parameters(), strict=True):
         assert name == other
         assert torch.equal(master, before[name])
         assert torch.equal(low, master.bfloat16())

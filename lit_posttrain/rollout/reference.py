@@ -59,7 +59,7 @@ class ReferenceEngine(RolloutEngine):
         stop_ids = self.policy.stop_token_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
         stop = StopRule(stop_ids, sampling.stop_strings, self.tokenizer)
         completions: list[Completion] = []
-        with unsharded(self.policy):
+        with unsharded(self.policy), self.policy.decoding():
             for start in range(0, len(prompts), self.max_rows):
                 rows = slice(start, start + self.max_rows)
                 completions += _Batch(self.policy, prompts[rows], keys[rows], sampling).run(

@@ -75,6 +75,11 @@ def test_braces_in_a_question_mean_nothing(kind: str, question: str, tokenizer: 
     assert text.count(question) == 1
 
 
+def test_braces_in_an_instruction_mean_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = Template(kind="plain", instruction=r"{question} Put it into \boxed{}.")
+    assert text_of(template, "1 + 1?", tokenizer) == r"1 + 1? Put it into \boxed{}."
+
+
 @pytest.mark.trap(5)
 def test_plain_text_gets_one_bos_and_no_eos(make_tokenizer: MakeTokenizer) -> None:
     template = Template(kind="plain")

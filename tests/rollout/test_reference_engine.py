@@ -288,6 +288,20 @@ def test_tick_counts_every_completion_once(factory, policy: Policy, free: list[l
     assert 0 in calls
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+@pytest.mark.trap(12)
+def test_gradient_checkpointing_does_not_reach_sampling(factory, architecture_folder, architecture: str) -> None:
+    """In training mode it drops the cache, and every token would be drawn as if nothing stood before it."""
+    folder = str(architecture_folder(architecture))
+    made = []
+    for checkpointing in (False, True):
+        config = PolicyConfig(model=folder, compute_dtype="float32", gradient_checkpointing=checkpointing)
+        policy = Policy(config)
+        made.append(ready(factory(64), policy).generate(PROMPTS, sampling(), KEYS))
+        assert all(m.training for m in policy.modules())
+    assert made[0] == made[1]
+
+
 def test_what_tick_raises_aborts_and_the_engine_goes_on(engine: RolloutEngine) -> None:
     expected = tokens(engine.generate(PROMPTS, sampling(), KEYS))
 
