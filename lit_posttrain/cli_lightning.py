@@ -1,6 +1,9 @@
 """LightningCLI with this project's rules: subclasses by name, no abbreviations, every user error one line."""
 
+import logging
+import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -174,6 +177,7 @@ def run(argv: Sequence[str], model_base: type, data_base: type, tree: ConfigTree
     Raises:
         UserError: Something to mend in what was given, or a reward's or a gate's refusal (exit status 3).
     """
+    _hush()
     try:
         return PostTrainCLI(
             argv,
@@ -191,6 +195,28 @@ def run(argv: Sequence[str], model_base: type, data_base: type, tree: ConfigTree
         )
     except Exception as error:
         raise_readable(error)
+
+
+def _hush() -> None:
+    """Leave out what Lightning and transformers print that says nothing about the run."""
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # Iterations are minutes, not milliseconds: every one of them is logged whatever log_every_n_steps says.
+    warnings.filterwarnings("ignore", message=r"The number of training batches .* is smaller than the logging interval")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    standard = warnings.formatwarning
+    package = str(Path(__file__).parent)
+
+    def one_line(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+        ours = filename.startswith(package)
+        return f"lit-posttrain: warning: {message}\n" if ours else standard(message, category, filename, lineno, line)
+
+    warnings.formatwarning = one_line
+    if not sys.stderr.isatty():
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
 
 def raise_readable(error: Exception) -> NoReturn:

@@ -192,7 +192,7 @@ class Policy(nn.Module):
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Evaluation mode inside: in training mode HF's gradient checkpointing drops the cache, and says so only once."""
+        """Evaluation mode inside: in training mode HF's gradient checkpointing drops the cache and only warns."""
         training = [m for m in self._view().module.modules() if m.training]
         for module in training:
             module.training = False

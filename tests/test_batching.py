@@ -1,11 +1,13 @@
 """Rows into micro-batches: every row once, within the budget, nothing of a row lost or mixed up."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_posttrain.batching import idle, pad_sequences, split, take, to_device
+from lit_posttrain.batching import idle, pack, packed_tokens, pad_sequences, split, take, to_device
 from lit_posttrain.types import MicroBatch, Sequences
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 20)), min_size=1, max_size=14)
@@ -78,9 +80,32 @@ def test_neighbours_are_alike_in_length(lengths, budget: int) -> None:
     """No micro-batch could take the next longest row as well: none is smaller than it need be."""
     batches = split(*batch_of(lengths), budget)
     totals = [sorted((sum(lengths[i]) for i in batch.rows.tolist()), reverse=True) for batch in batches]
-    for current, following in zip(totals, totals[1:], strict=False):
+    for current, following in itertools.pairwise(totals):
         assert current[-1] >= following[0]
         assert current[0] * (len(current) + 1) > budget
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=14), budget=st.integers(1, 90)
+)
+def test_packed_micro_batches_hold_shared_prompts_once(rows, budget: int) -> None:
+    prompts = [[10 * which + j for j in range(1 + 2 * which)] for which, _ in rows]
+    completions = [[1000 + 100 * i + j for j in range(n)] for i, (_, n) in enumerate(rows)]
+    sequences = pad_sequences(prompts, completions)
+    batches = split(sequences, sequences.completion_mask(), {}, budget, packed=True)
+    assert sorted(i for batch in batches for i in batch.rows.tolist()) == list(range(len(rows)))
+    for batch in batches:
+        packed, chosen = pack(batch.sequences), batch.rows.tolist()
+        kinds = {rows[i][0] for i in chosen}
+        tokens = sum(packed_tokens(1 + 2 * k, [rows[i][1] for i in chosen if rows[i][0] == k]) for k in kinds)
+        assert packed.ids.shape[1] == packed.positions.shape[1] == tokens
+        assert tokens <= budget or len(chosen) == 1
+        for row, i in enumerate(chosen):
+            whole = prompts[i] + completions[i]
+            read = packed.states[row, : len(whole) - 1]  # the state at token j predicts token j + 1
+            assert packed.ids[0, read].tolist() == whole[:-1]
+            assert packed.positions[0, read].tolist() == list(range(len(whole) - 1))
 
 
 def test_a_row_above_the_budget_goes_alone() -> None:
@@ -107,10 +132,10 @@ def test_a_micro_batch_owns_its_values() -> None:
 
 
 def test_an_idle_micro_batch_counts_nowhere() -> None:
-    sequences, mask, columns = batch_of([(2, 3), (1, 4)])
+    columns = batch_of([(2, 3), (1, 4)])[2]
     batch = idle(columns)
     assert not batch.mask.any()
-    assert not batch.sequences.completion_mask().sum() == 0  # it has a token to score, which the mask leaves out
+    assert batch.sequences.completion_mask().any()  # it has a token to score, which the mask leaves out
     assert len(batch.rows) == 0
     assert batch.columns.keys() == columns.keys()
     assert batch.columns["advantages"].shape == (1,)

@@ -67,9 +67,7 @@ def test_an_unreachable_hub_is_said_at_once(tmp_path: Path, setting: dict[str, s
     done = subprocess.run([sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("the.key: there is no folder 'somebody/some-model', and the hub cannot be reached")
     assert done.stderr == ""
-    assert (
-        time.monotonic() - started < 45
-    )  # seconds on an idle machine; HF's own retries would take a minute and a half
+    assert time.monotonic() - started < 45  # a few on an idle machine; HF would retry for 90
 
 
 @pytest.mark.parametrize(

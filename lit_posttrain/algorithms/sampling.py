@@ -125,7 +125,9 @@ class SamplingModule(PostTrainModule):
         values, text = self.evaluation.finish(self.run_dir() / "evaluation", step, self.global_rank)
         # Through Lightning: schedulers and early stopping see them, and the commands print and return them. It takes
         # "step" as the x axis, and would count something else without.
-        self.log_dict({"step": float(step), **{f"{prefix}/{name}": float(value) for name, value in values.items()}})
+        tagged = {f"{prefix}/{name}": float(value) for name, value in values.items()}
+        # Equal on every rank already; without sync_dist Lightning would warn of each.
+        self.log_dict({"step": float(step), **tagged}, sync_dist=True)
         self._log_text(f"{prefix}/samples", text, step)
 
     def run_dir(self) -> Path:

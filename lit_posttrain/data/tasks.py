@@ -57,7 +57,7 @@ def distinct_examples(task: Task, train_size: int, val_size: int, held_out_perce
         if index == 0 and [task.example(0).get(k) for k in ("question", "answer")] != [question, example["answer"]]:
             raise ValueError(f"{KEY}: {origin} differs from call to call; it must draw from the given rng alone")
         side = held_out(question, held_out_percent)
-        if question not in seen and wanted[side] == 0:
+        if wanted[side] == 0:
             continue
         wanted[side] -= question not in seen
         seen.add(question)
