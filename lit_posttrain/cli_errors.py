@@ -55,7 +55,8 @@ def explain(message: str, tree: ConfigTree, parser: ArgumentParser) -> str:
 
 
 def ignored(tree: ConfigTree, parser: ArgumentParser) -> str | None:
-    """A misspelt key that the parser accepts without a word, since what it holds is empty (``lorra: {}``).
+    """What the parser accepts without a word and drops: a misspelt key that holds nothing (``lorra: {}``), and a
+    text like ``"####"`` where null is allowed too, which it reads as a YAML comment.
 
     Args:
         tree: What the user gave, accepted by the parser.
@@ -104,7 +105,10 @@ class _Walk:
     def value(self, node: Any, hint: Any, path: str, owner: Any) -> Iterator[_Problem]:
         """Problems of one value of type ``hint``, an argument of ``owner``."""
         classes, in_lists = _classes(hint)
-        if isinstance(node, list) and in_lists and not (_takes_text(hint) and all(isinstance(i, str) for i in node)):
+        if isinstance(node, str) and node.lstrip().startswith("#") and type(None) in _flat(hint):
+            advice = "would be read as a comment, and so as null; begin the text with something else than #"
+            yield _Problem(1, f"{path}{self.place(path)} is {node!r}, which {advice}", empty=True)
+        elif isinstance(node, list) and in_lists and not (_takes_text(hint) and all(isinstance(i, str) for i in node)):
             for index, item in enumerate(node):
                 yield from self.value(item, _item_hint(hint), f"{path}[{index}]", owner)
         elif isinstance(node, dict) and in_lists and not classes:

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from lit_posttrain.checkpoint import CheckpointError, load_artefact, save_artefact, tensor_hash
 from lit_posttrain.policy import Policy, PolicyConfig
-from lit_posttrain.sharding import full_tensor, shard, world_size
+from lit_posttrain.sharding import full_tensor, rank, shard, world_size
 from lit_posttrain.types import Sequences
 
 
@@ -116,7 +115,7 @@ class Reference:
             named = self.adapters if self.network is None else dict(self.network.model.named_parameters())
             assert named is not None
             tensors = {name: full_tensor(t.detach()).cpu().contiguous() for name, t in named.items()}
-            name = save_artefact(run_dir, tensors) if rank_zero_only.rank == 0 else ""
+            name = save_artefact(run_dir, tensors) if rank() == 0 else ""
             self._saved = _from_rank_zero(name)
         return [self._saved]
 

@@ -109,6 +109,10 @@ IN_A_FILE = [
     ("model: {group_sise: 2}", unknown("model.init_args.group_sise", NEW_FILE, meant("group_size"))),
     # The parser by itself would take these in silence.
     ("model: {init_args: {policy: {lorra: {}}}}", unknown("model.init_args.policy.lorra", NEW_FILE, meant("lora"))),
+    (
+        "model: {init_args: {policy: {tokenizer: '# mine'}}}",
+        f"model.init_args.policy.tokenizer ({NEW_FILE}) is '# mine', which would be read as a comment, and so as null",
+    ),
     ("model: {init_args: {scorse: []}}", unknown("model.init_args.scorse", NEW_FILE, meant("scores"))),
     ("model: {init_args: {policy: {modl: x}}}", unknown("model.init_args.policy.modl", NEW_FILE, meant("model"))),
     (

@@ -6,15 +6,18 @@ from typing import Any
 from lit_posttrain.rollout.collect import Rollout
 
 _SHOWN = 8
+_OF_ONE_PROMPT = 2
 _LONGEST = 2000
 
 
 def as_markdown(rollout: Rollout, advantages: Sequence[float]) -> str:
-    """The first samples of a rollout with what every reward function said of them."""
+    """A few samples of the first prompts with what every reward function said of them."""
     names = rollout.judgement.names
     blocks = []
-    for row, sample in enumerate(rollout.samples[:_SHOWN]):
-        prompt = rollout.prompts[row * len(rollout.prompts) // len(rollout.samples)]
+    each = len(rollout.samples) // len(rollout.prompts)
+    shown = [i * each + j for i in range(len(rollout.prompts)) for j in range(min(each, _OF_ONE_PROMPT))]
+    for row in shown[:_SHOWN]:
+        prompt, sample = rollout.prompts[row // each], rollout.samples[row]
         verdicts = rollout.judgement.verdicts[row]
         scores = {n: v.score if v.status == "scored" else v.status for n, v in zip(names, verdicts, strict=True)}
         total = float(rollout.judgement.rewards[row])

@@ -33,5 +33,5 @@ class StopRule:
         if not self.strings:
             return False
         assert self.tokenizer is not None
-        text = str(self.tokenizer.decode(tokens[-self.tail :], **EXACT_TEXT))
+        text = str(self.tokenizer.decode(list(tokens[-self.tail :]), **EXACT_TEXT))
         return any(s in text for s in self.strings)
