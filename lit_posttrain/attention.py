@@ -61,7 +61,7 @@ def shared_prompt_attention(
     for group in layout:
         middle, end = group.start + group.prompt, group.start + group.prompt + group.rows * group.width
         prompt = [x[:, :, group.start : middle] for x in (query, key, value)]
-        parts.append(scaled_dot_product_attention(*prompt, is_causal=True, scale=scaling))
+        parts.append(scaled_dot_product_attention(prompt[0], prompt[1], prompt[2], is_causal=True, scale=scaling))
         own = [_by_completion(x[:, :, middle:end], group) for x in (query, key, value)]
         keys, values = (
             torch.cat((shared.expand(group.rows, -1, -1, -1), mine), 2)

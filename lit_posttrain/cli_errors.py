@@ -55,8 +55,10 @@ def explain(message: str, tree: ConfigTree, parser: ArgumentParser) -> str:
 
 
 def ignored(tree: ConfigTree, parser: ArgumentParser) -> str | None:
-    """What the parser accepts without a word and drops: a misspelt key that holds nothing (``lorra: {}``), and a
-    text like ``"####"`` where null is allowed too, which it reads as a YAML comment.
+    """What the parser accepts without a word and drops.
+
+    A misspelt key that holds nothing (``lorra: {}``), and a text like ``"####"`` where null is allowed too, which it
+    reads as a YAML comment.
 
     Args:
         tree: What the user gave, accepted by the parser.

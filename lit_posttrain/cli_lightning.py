@@ -87,7 +87,7 @@ class SaveConfig(SaveConfigCallback):
         block = "\n".join("    " + line for line in text.splitlines())  # indented: markdown that nothing can end
         for logger in trainer.loggers:
             writer = getattr(logger, "experiment", None)
-            if hasattr(writer, "add_text"):
+            if writer is not None and hasattr(writer, "add_text"):
                 writer.add_text("config", block, 0)  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -79,7 +79,7 @@ def load_network(model: str, key: str = "model.init_args.policy.model", revision
     """
     folder = model_folder(model, key, revision=revision, weights=True)
     try:
-        network, found = AutoModelForCausalLM.from_pretrained(
+        network, found = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -130,15 +130,14 @@ class Policy(nn.Module):
             network.gradient_checkpointing_enable({"use_reentrant": False})
             if config.lora:
                 network.enable_input_require_grads()
-        # In __dict__, not registered: the view must not enter state_dict.
-        self.__dict__["view"] = None
+        self.view: ComputeView | None = None  # not a module: out of state_dict
         self.compute_dtype: torch.dtype | None = None
 
     def build_view(self, device: torch.device, *, sharded: bool) -> None:
         """Make the compute view once the parameters are on their device; FSDP casts by itself, so it needs none."""
         self.compute_dtype = resolve_dtype(self.config.compute_dtype, device)
         view_dtype = torch.float32 if sharded else self.compute_dtype
-        self.__dict__["view"] = ComputeView(self.model, view_dtype)
+        self.view = ComputeView(self.model, view_dtype)
 
     def sync(self) -> None:
         """Re-make the compute view; call after every change of the parameters."""
@@ -231,9 +230,10 @@ class Policy(nn.Module):
         copy.deepcopy(self.model).float().merge_and_unload().save_pretrained(out)  # pyright: ignore[reportCallIssue]
 
     def _view(self) -> ComputeView:
-        if self.__dict__["view"] is None:
+        if self.view is None:
             self.build_view(self.device, sharded=False)
-        return self.__dict__["view"]
+        assert self.view is not None
+        return self.view
 
 
 def add_lora(network: PreTrainedModel, config: LoraConfig) -> nn.Module:

@@ -125,7 +125,7 @@ class Reference:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any], run_dir: Path) -> None:
-        """Be the reference that the checkpoint was saved with.
+        """Be the reference that the checkpoint was saved with; the next checkpoint saves it with its own run.
 
         Raises:
             ValueError: The initial weights are not the ones the run began with, or the artefact is gone.
@@ -135,7 +135,7 @@ class Reference:
                 "model.init_args.reference: the reference's weights are not those this run began with (their hash "
                 "differs); put the original model folder back"
             )
-        self.refreshed_at, self._saved = state["refreshed_at"], state["artefact"]
+        self.refreshed_at = state["refreshed_at"]
         if self.refreshed_at is None:
             return
         try:

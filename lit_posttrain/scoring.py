@@ -35,6 +35,7 @@ def log_probs(
         with_entropy: Also the entropy of each scored distribution, without gradient.
     """
     head = network.get_output_embeddings()
+    assert head is not None, "a causal LM has a vocabulary head"
     arguments: dict[str, Any] = {"bias": getattr(head, "bias", None), "with_entropy": with_entropy}
     arguments |= _logit_transform(network.config)
     if packed and bool(mask.any()):
@@ -94,7 +95,7 @@ def share_prompts(network: PreTrainedModel) -> bool:
         reason = str(error)
     if reason is None:
         return True
-    network.set_attn_implementation(before)
+    network.set_attn_implementation(before or "eager")
     warnings.warn(
         f"{type(network).__name__} cannot share prompts in packed rows ({reason}): rows are padded, which is slower",
         stacklevel=2,

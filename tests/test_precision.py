@@ -163,7 +163,7 @@ def test_without_sync_the_view_is_as_it_was(network: nn.Module) -> None:
 def test_frozen_parameters_exist_once(tiny_model: Path) -> None:
     policy = Policy(PolicyConfig(model=str(tiny_model), compute_dtype="bfloat16", lora=LoraConfig(r=2)))
     policy.sync()
-    pairs = policy.__dict__["view"].pairs
+    pairs = policy.view.pairs
     assert {master.requires_grad for master, _ in pairs} == {True, False}
     for master, low in pairs:
         shared = master.data_ptr() == low.data_ptr()

@@ -33,9 +33,7 @@ def train(model: Path, out: Path, strategy: object, devices: int, lora: bool) ->
     """Three iterations with KL, a reference refresh and uneven minibatches; rank 0 saves what is compared."""
     pl.seed_everything(3, verbose=False)
     module = GRPO(
-        policy=PolicyConfig(
-            model=str(model), compute_dtype="float32", lora=LoraConfig(r=4, alpha=8) if lora else None
-        ),
+        policy=PolicyConfig(model=str(model), compute_dtype="float32", lora=LoraConfig(r=4, alpha=8) if lora else None),
         objective=Objective(
             advantage=AdvantageConfig(baseline="group_mean", scale="group_std"),
             ratio=RatioConfig(level="token", clip_low=0.2, clip_high=0.2),
@@ -63,7 +61,7 @@ def train(model: Path, out: Path, strategy: object, devices: int, lora: bool) ->
     seen: list[list[list[int]]] = []
     collect = module.collect
 
-    def recorded(batch, iteration):  # noqa: ANN001
+    def recorded(batch, iteration):
         rollout = collect(batch, iteration)
         seen.append([c.token_ids for c in rollout.completions])
         return rollout
@@ -85,8 +83,10 @@ def child(rank: int, port: int, model: Path, out: Path, kind: str, lora: bool) -
         LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     try:
-        strategy = ShardedStrategy(process_group_backend="gloo") if kind == "fsdp2" else DDPStrategy(
-            process_group_backend="gloo"
+        strategy = (
+            ShardedStrategy(process_group_backend="gloo")
+            if kind == "fsdp2"
+            else DDPStrategy(process_group_backend="gloo")
         )
         train(model, out, strategy, 2, lora)
     except BaseException:

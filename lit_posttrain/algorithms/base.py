@@ -95,6 +95,7 @@ class PostTrainModule(pl.LightningModule, ABC):
         self.policy: Policy | None = None
         self.stop: Any = None
         self.bad_steps = 0
+        self.loaded_counters: dict[str, Any] | None = None
         self._loaded_step = 0
 
     @abstractmethod
@@ -318,7 +319,7 @@ class PostTrainModule(pl.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the counters until the policy is on its device."""
-        self._loaded_counters = checkpoint["lit_posttrain"]
+        self.loaded_counters = checkpoint["lit_posttrain"]
         self._loaded_step = int(checkpoint["global_step"])
 
     def step_of_weights(self) -> int:

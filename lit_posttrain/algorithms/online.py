@@ -3,6 +3,7 @@
 import time
 from abc import abstractmethod
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,7 +93,8 @@ class OnlineModule(SamplingModule):
         self.reference_config = reference
         self.log_samples_every = log_samples_every
         self.num_tokens = 0.0
-        self.__dict__["reference"] = None  # not registered: out of optimizer, state_dict and checkpoint
+        self.reference: Reference | None = None  # not a module: out of optimizer, state_dict and checkpoint
+        self._before: tuple[list[int], float] = ([], 0.0)
 
     @abstractmethod
     def advantages(
@@ -118,7 +120,7 @@ class OnlineModule(SamplingModule):
         """See that prompts and completions fit, and load the reference where the objective has a KL."""
         super().prepare_policy(policy)
         if self.objective.needs_reference and self.trainer.state.fn == "fit":
-            self.__dict__["reference"] = Reference(policy, self.reference_config)
+            self.reference = Reference(policy, self.reference_config)
 
     def on_fit_start(self) -> None:
         """Place the reference beside the policy."""
@@ -129,9 +131,9 @@ class OnlineModule(SamplingModule):
     def on_train_start(self) -> None:
         """Take over what a checkpoint holds besides weights, on the device and sharded."""
         super().on_train_start()
-        loaded = self.__dict__.pop("_loaded_counters", None)
-        if loaded is not None:
-            self.restore_counters(loaded)
+        if self.loaded_counters is not None:
+            self.restore_counters(self.loaded_counters)
+            self.loaded_counters = None
 
     # --- one iteration ----------------------------------------------------------------------------------------
 
@@ -182,7 +184,7 @@ class OnlineModule(SamplingModule):
                 arguments = moved.sequences, moved.mask, self.sampling.temperature
                 if old is not None:
                     old[batch.rows, :width] = policy(*arguments).log_probs.cpu()
-                if ref is not None:
+                if ref is not None and self.reference is not None:
                     ref[batch.rows, :width] = self.reference.log_probs(*arguments).cpu()
                 self.advance()
         return old, ref
@@ -262,7 +264,6 @@ class OnlineModule(SamplingModule):
 
     def _check_gates(self, rollout: Rollout, advantages: Tensor, results: list[StepResult], iteration: int) -> None:
         if iteration >= gates.GATED_ITERATIONS:
-            self.__dict__.pop("_parameters_before", None)
             return
         dtype = self.built_policy().compute_dtype
         assert dtype is not None
@@ -272,7 +273,7 @@ class OnlineModule(SamplingModule):
         if first and iteration == 0 and self.reference is not None and self.reference.equals_initial_policy:
             gates.require_reference_is_policy(first["reference_gap"], dtype)
         after = gates.fingerprint(p for _, p in self.built_policy().trainable())
-        gates.require_change(self._parameters_before, after, self._rate_before, max(r.grad_norm for r in results))
+        gates.require_change(self._before[0], after, self._before[1], max(r.grad_norm for r in results))
         groups = rollout.judgement.rewards.view(-1, self.group_size)
         stopped = sum(c.stop_reason == "stop" for c in rollout.completions)
         gates.warn_nothing_to_learn(int((groups.amax(1) > groups.amin(1)).sum()), stopped, len(rollout.completions))
@@ -280,8 +281,7 @@ class OnlineModule(SamplingModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Remember the parameters' checksums where a gate will compare them."""
         if self.trainer.global_step < gates.GATED_ITERATIONS:
-            self.__dict__["_parameters_before"] = gates.fingerprint(p for _, p in self.built_policy().trainable())
-            self.__dict__["_rate_before"] = self.learning_rate()
+            self._before = gates.fingerprint(p for _, p in self.built_policy().trainable()), self.learning_rate()
 
     # --- logging ----------------------------------------------------------------------------------------------
 
@@ -328,7 +328,9 @@ class OnlineModule(SamplingModule):
         super().restore_counters(counters)
         self.num_tokens = counters["num_tokens"]
         if self.reference is not None and counters["reference"] is not None:
-            self.reference.restore(counters["reference"], self.run_dir())
+            assert self.trainer.ckpt_path is not None
+            # <run>/checkpoints/step-<n>/state...: the run that the checkpoint is from, not always this one.
+            self.reference.restore(counters["reference"], Path(self.trainer.ckpt_path).parents[2])
 
     def checkpoint_artefacts(self) -> list[str]:
         """The reference, where it is not the initial one; saved now if it has not been."""
