@@ -85,7 +85,7 @@ class Demo:
         text = self.config.read_text() + str(self.model) + repr(self.overrides)
         wanted, stamp = hashlib.sha256(text.encode()).hexdigest(), self.out / "settings.sha256"
         if stamp.exists() and stamp.read_text() != wanted:
-            sys.exit(f"[demo] {self.out} holds a demo with other settings; add --fresh to replace it, or give another --out")
+            sys.exit(f"[demo] {self.out} holds a demo with other settings; --fresh replaces it, --out keeps it")
         stamp.write_text(wanted)
 
     def announce(self) -> None:
@@ -114,7 +114,7 @@ class Demo:
         shutil.rmtree(run / name, ignore_errors=True)
         self.run(
             f"measuring {name}",
-            self.command("validate", model, run, name) + ["--trainer.limit_val_batches=1.0"],
+            [*self.command("validate", model, run, name), "--trainer.limit_val_batches=1.0"],
         )
         (found,) = (run / name).glob("version_*/evaluation/step-0.jsonl")
         partial = target.with_suffix(".part")
