@@ -222,8 +222,8 @@ class Demo:
 
 # Matrix work of one training iteration in units of the calibration's rate, overheads included, and what one
 # measurement costs in iterations. Both from a whole run of this configuration.
-TFLOP_PER_ITERATION = 12.0
-MEASURE_ITERATIONS = 6.0
+TFLOP_PER_ITERATION = 8.5
+MEASURE_ITERATIONS = 13.0
 
 
 def gemm_rate(dtype: Any) -> float:
