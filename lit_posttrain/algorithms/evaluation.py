@@ -116,6 +116,11 @@ class Evaluation:
         if self.verifier is not None and len(rows) == self.config.samples:
             self.consensus.update([r["vote"] for r in rows], correct)
 
+    def so_far(self) -> dict[str, float]:
+        """pass@1 of this rank's prompts until now, for the progress bar."""
+        correct = [row["correct"] for row in self.rows if row["correct"] is not None]
+        return {"pass@1 so far": sum(correct) / len(correct)} if correct else {}
+
     def finish(self, folder: Path, step: int, rank: int) -> tuple[dict[str, float], str]:
         """Write ``step-<n>.jsonl`` (a file a rank where there are several) and return the metrics over all ranks.
 

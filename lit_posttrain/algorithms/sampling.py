@@ -85,6 +85,9 @@ class SamplingModule(PostTrainModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Sample and judge held-out prompts."""
         self.evaluation.add(self.engine, batch, randomness.run_seed(), self._tick_evaluation)
+        bar = self.trainer.progress_bar_callback
+        if bar is not None and hasattr(bar, "show"):
+            bar.show(**self.evaluation.so_far())  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_validation_epoch_end(self) -> None:
         """Log pass@k and the rest, and write every sample and verdict."""
