@@ -2,17 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from lit_posttrain.report.plots import read_scalars
+
 ROOT = Path(__file__).resolve().parent.parent
 # The size overrides of the demo: everything else is as a user runs it.
 OVERRIDES = {
-    "trainer.max_steps": 3,
-    "trainer.val_check_interval": 2,
+    "trainer.max_steps": 30,
+    "trainer.val_check_interval": 20,
     "model.group_size": 2,
     "model.sampling.max_new_tokens": 8,
     "model.evaluation.samples": 4,
@@ -23,23 +27,50 @@ OVERRIDES = {
 }
 
 
+def command(out: Path, model: Path, *extra: str) -> list[str]:
+    words = [sys.executable, "scripts/demo.py", "--out", str(out), "--model", str(model), "--no-fetch", *extra]
+    return words + [f"--override=--{key}={value}" for key, value in OVERRIDES.items()]
+
+
 def demo(out: Path, model: Path, *extra: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/demo.py", "--out", str(out), "--model", str(model), "--no-fetch", *extra]
-    command += [f"--override=--{key}={value}" for key, value in OVERRIDES.items()]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env={**os.environ})
+    return subprocess.run(command(out, model, *extra), cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+def kill_in_training(out: Path, model: Path) -> None:
+    """Start the demo and kill it and its children once training has saved something."""
+    process = subprocess.Popen(
+        command(out, model), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 600
+    while not list(out.glob("train/version_0/checkpoints/step-*")):
+        assert process.poll() is None, "it ended before it saved a checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("demo") / "demo"
+    kill_in_training(out, tiny_model)
     result = demo(out, tiny_model)
     assert result.returncode == 0, result.stdout + result.stderr
     return out, result.stdout
 
 
+def test_killed_in_training_and_typed_again_it_goes_on(finished: tuple[Path, str]) -> None:
+    out, text = finished
+    assert "before: already measured" in text
+    assert "training: going on from iteration" in text
+    assert len(list((out / "train").iterdir())) == 1
+    steps, _ = read_scalars(out / "train/version_0")["train/reward"]
+    assert steps == list(range(1, 31))
+
+
 def test_it_says_what_it_found_shows_progress_and_ends_with_table_and_paths(finished: tuple[Path, str]) -> None:
     out, text = finished
-    for expected in ("auto precision", "minutes", "iteration 3/3", "ETA", "reward", "pass@1", "format rate", "95%"):
+    for expected in ("auto precision", "minutes", "iteration 30/30", "ETA", "reward", "pass@1", "format rate", "95%"):
         assert expected in text, text
     for line in ("summary:", "curves:", "TensorBoard:", "model:", "commonest answer"):
         assert line in text

@@ -15,12 +15,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from lit_posttrain.algorithms import GRPO
+from lit_posttrain.algorithms.base import StepResult
 from lit_posttrain.algorithms.evaluation import EvaluationConfig
 from lit_posttrain.data import Template, VerifiablePrompts
 from lit_posttrain.objective import AdvantageConfig, KLConfig, Objective, RatioConfig
 from lit_posttrain.policy import PolicyConfig
-from lit_posttrain.rewards import PythonReward, RewardFunction
+from lit_posttrain.rewards import PerSampleReward, PythonReward, RewardFunction
 from lit_posttrain.rollout import SamplingParams
+from lit_posttrain.types import Sample, Verdict
 
 QUESTIONS, BATCH, GROUP, NEW_TOKENS = 12, 2, 4, 6
 
@@ -156,3 +158,42 @@ def child(act: Callable[[], None], seconds: float = 60) -> int:
         process.kill()
         raise AssertionError("the run hangs")
     return process.exitcode
+
+
+def trained(model: Path, folder: Path, *callbacks: Callback, steps: int = 2, data: Any = None, **overrides: Any) -> Any:
+    """A module after a few iterations in a folder of its own."""
+    folder.mkdir()
+    return fit(grpo(model, **overrides), data or prompts(model, folder), folder, *callbacks, max_steps=steps)
+
+
+class Recorder:
+    """What ``loss`` was given and what ``optimize`` returned, update by update."""
+
+    def __init__(self, module: Any):
+        self.updates: list[list[Any]] = []
+        self.results: list[StepResult] = []
+        optimize, loss = module.optimize, module.loss
+
+        def recording(batches: Any, totals: Any, function: Any, **kwargs: Any) -> StepResult:
+            self.updates.append([])
+            self.results.append(optimize(batches, totals, wrapped, **kwargs))
+            return self.results[-1]
+
+        def wrapped(batch: Any, totals: Any) -> Any:
+            self.updates[-1].append((batch, totals))
+            return loss(batch, totals)
+
+        module.optimize = recording
+
+
+class Failing(PerSampleReward):
+    """The share of even tokens; invalid or absurd for the samples that it chooses."""
+
+    def __init__(self, bad: Any, absurd: float | None = None):
+        super().__init__(name="failing")
+        self.bad, self.absurd = bad, absurd
+
+    def score(self, sample: Sample) -> Verdict:
+        if self.bad(sample):
+            return Verdict(0.0, "invalid", "lost") if self.absurd is None else Verdict(self.absurd)
+        return Verdict(even([sample.token_ids])[0])
