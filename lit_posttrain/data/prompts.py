@@ -124,7 +124,7 @@ class VerifiablePrompts(PostTrainDataModule):
         """The tokenizer that ``tokenizer`` names."""
         if self.tokenizer is None:
             raise ValueError("data.init_args.tokenizer: not set; the command line sets it to the policy's tokenizer")
-        key = "model.init_args.policy.tokenizer"
+        key = "model.init_args.policy.model (or its tokenizer)"
         folder = model_folder(self.tokenizer, key, weights=False)
         try:
             return AutoTokenizer.from_pretrained(folder)

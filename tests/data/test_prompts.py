@@ -301,10 +301,10 @@ def test_the_tokenizer_must_be_there(
 ) -> None:
     with pytest.raises(ValueError, match=r"data.init_args.tokenizer: not set"):
         loaded(make_data(dataset=jsonl(rows(8)), tokenizer=None))
-    with pytest.raises(ValueError, match=r"model.init_args.policy.tokenizer: "):
+    with pytest.raises(ValueError, match=r"model.init_args.policy.model \(or its tokenizer\): "):
         loaded(make_data(dataset=jsonl(rows(8)), tokenizer=str(tmp_path)))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"model.init_args.policy.tokenizer: "):
+    with pytest.raises(ValueError, match=r"model.init_args.policy.model \(or its tokenizer\): "):
         loaded(make_data(dataset=jsonl(rows(8)), tokenizer="nobody/nothing"))
 
 
