@@ -229,7 +229,7 @@ def raise_readable(error: Exception) -> NoReturn:
     while isinstance(cause := causes[-1].__cause__, Exception) and cause not in causes:
         causes.append(cause)
     for cause in causes:
-        if isinstance(cause, GateError | RewardError):
+        if isinstance(cause, GateError | RewardError | FloatingPointError):
             raise UserError(str(cause), STOPPED_BY_RUN) from None
         if isinstance(cause, CheckpointError):
             raise UserError(str(cause)) from None

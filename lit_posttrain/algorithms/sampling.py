@@ -158,4 +158,5 @@ class SamplingModule(PostTrainModule):
             self.poll()
 
     def _stop_ids(self) -> list[int]:
-        return self.sampling.stop_token_ids or self.built_policy().stop_token_ids
+        given = self.sampling.stop_token_ids
+        return self.built_policy().stop_token_ids if given is None else given
