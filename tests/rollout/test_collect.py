@@ -6,7 +6,7 @@ import torch
 from tiny import byte_tokenizer
 
 from lit_posttrain.rewards.base import PerSampleReward, judge
-from lit_posttrain.rollout import SamplingParams
+from lit_posttrain.rollout import RolloutEngine, SamplingParams
 from lit_posttrain.rollout.collect import assemble, generate, to_samples
 from lit_posttrain.types import Completion, Prompt, Sample
 
@@ -23,11 +23,15 @@ def completion(text: str, *, ended: bool = True) -> Completion:
     return Completion(ids, [-0.5 - 0.1 * i for i in range(len(ids))], "stop" if ended else "length", 1)
 
 
-class Recording:
+class Recording(RolloutEngine):
     """An engine that only notes what it is asked for."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, Any]] = []
+
+    def sync(self, policy: Any) -> None: ...
+
+    def bind(self, tokenizer: Any) -> None: ...
 
     def generate(self, prompts: Any, sampling: Any, keys: Any, tick: Any = None) -> list[Completion]:
         self.asked += list(zip(prompts, keys, strict=True))
@@ -44,7 +48,7 @@ def test_samples_of_a_prompt_stand_together_and_no_two_draws_share_a_key() -> No
     sampling = SamplingParams(max_new_tokens=4)
     for iteration in range(2):
         for purpose in ("rollout", "evaluate"):
-            generate(engine, [prompt(7), prompt(3)], 3, sampling, 1, purpose, iteration, print)  # type: ignore[arg-type]
+            generate(engine, [prompt(7), prompt(3)], 3, sampling, 1, purpose, iteration, print)
     assert [key.prompt_id for _, key in engine.asked[:6]] == [7, 7, 7, 3, 3, 3]
     assert len({key for _, key in engine.asked}) == len(engine.asked) == 24
     assert all(list(ids) == TOKENIZER.encode("Say it.") for ids, _ in engine.asked)
