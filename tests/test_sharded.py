@@ -1,6 +1,7 @@
 """GRPO over two processes gives what one gives: same tokens, same losses, same weights (fp32)."""
 
 import os
+import random
 import socket
 import sys
 import traceback
@@ -14,7 +15,6 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lit_posttrain.algorithms import GRPO
 from lit_posttrain.data import PythonTask, Template, VerifiablePrompts
-from lit_posttrain.data.arithmetic import largest_number
 from lit_posttrain.objective import AdvantageConfig, KLConfig, Objective, RatioConfig
 from lit_posttrain.policy import LoraConfig, PolicyConfig
 from lit_posttrain.reference import ReferenceConfig
@@ -23,6 +23,11 @@ from lit_posttrain.rollout import SamplingParams
 from lit_posttrain.sharding import ShardedStrategy, full_tensor
 
 ITERATIONS = 3
+
+
+def long_or_short(rng: random.Random) -> dict[str, str]:
+    """Questions of which two short ones share a micro-batch and two long ones do not."""
+    return {"question": "".join(rng.choices("abcdef ", k=rng.choice([8, 70]))), "answer": "1"}
 
 
 def vowels(completions: list[str], **_: object) -> list[float]:
@@ -46,14 +51,14 @@ def train(model: Path, out: Path, strategy: object, devices: int, lora: bool) ->
         num_minibatches=2,
         reference=ReferenceConfig(refresh_every=2),
         optimizer=lambda params: torch.optim.AdamW(params, lr=3e-3, eps=1e-4),
-        # Rows of 60 to 70 tokens go two at a time, so ranks run different numbers of micro-batches.
+        # Ranks then run different numbers of micro-batches.
         token_budget=140,
         log_samples_every=0,
     )
     data = VerifiablePrompts(
         template=Template(kind="plain"),
         batch_size=4,
-        task=PythonTask(function=largest_number, arguments={"count": 3}),
+        task=PythonTask(function=long_or_short),
         train_size=32,
         val_size=4,
         tokenizer=str(model),
@@ -67,6 +72,8 @@ def train(model: Path, out: Path, strategy: object, devices: int, lora: bool) ->
         return rollout
 
     module.collect = recorded  # type: ignore[method-assign]
+    phases: list[tuple[str, int]] = []
+    module.phase = lambda name, total: phases.append((name, total))  # type: ignore[method-assign]
     trainer = pl.Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, max_steps=ITERATIONS, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
@@ -74,7 +81,8 @@ def train(model: Path, out: Path, strategy: object, devices: int, lora: bool) ->
     )  # fmt: skip
     trainer.fit(module, data)
     weights = {name: full_tensor(p.detach()).clone() for name, p in module.built_policy().trainable()}
-    torch.save({"tokens": seen, "weights": weights}, out / f"rank{trainer.global_rank}.pt")
+    forwards = {kind: [n for name, n in phases if name == kind] for kind in ("scoring", "update")}
+    torch.save({"tokens": seen, "weights": weights, "forwards": forwards}, out / f"rank{trainer.global_rank}.pt")
 
 
 def child(rank: int, port: int, model: Path, out: Path, kind: str, lora: bool) -> None:
@@ -84,7 +92,7 @@ def child(rank: int, port: int, model: Path, out: Path, kind: str, lora: bool) -
     )
     try:
         strategy = (
-            ShardedStrategy(process_group_backend="gloo")
+            ShardedStrategy(process_group_backend="gloo", timeout_seconds=30.0)
             if kind == "fsdp2"
             else DDPStrategy(process_group_backend="gloo")
         )
@@ -130,6 +138,8 @@ def compare(kind: str, expected: dict, model: Path, out: Path, lora: bool) -> No
         # Each rank has a contiguous half of the prompts.
         assert ranks[0]["tokens"][i] + ranks[1]["tokens"][i] == expected["tokens"][i]
     assert ranks[0]["tokens"][0] != ranks[1]["tokens"][0]
+    for kind in ("scoring", "update"):
+        assert ranks[0]["forwards"][kind] != ranks[1]["forwards"][kind]
     for name, weight in expected["weights"].items():
         for rank in ranks:
             torch.testing.assert_close(rank["weights"][name], weight, rtol=1e-5, atol=1e-5)

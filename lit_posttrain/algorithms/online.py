@@ -17,7 +17,7 @@ from lit_posttrain.algorithms.evaluation import EvaluationConfig
 from lit_posttrain.algorithms.measures import reported, rollout_metrics, rollout_sums
 from lit_posttrain.algorithms.samples import as_markdown
 from lit_posttrain.algorithms.sampling import SamplingModule
-from lit_posttrain.batching import split, to_device
+from lit_posttrain.batching import idle, split, to_device
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.objective import Objective
 from lit_posttrain.policy import Policy, PolicyConfig
@@ -25,7 +25,7 @@ from lit_posttrain.reference import Reference, ReferenceConfig
 from lit_posttrain.rewards.base import RewardFunction, judge
 from lit_posttrain.rollout.collect import Rollout, assemble, generate, to_samples
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
-from lit_posttrain.sharding import all_reduce_sum, world_size
+from lit_posttrain.sharding import all_reduce_max, all_reduce_sum, world_size
 from lit_posttrain.types import MicroBatch, PromptBatch
 
 
@@ -178,8 +178,10 @@ class OnlineModule(SamplingModule):
         ref = torch.zeros(rollout.mask.shape) if self.reference is not None else None
         # The same micro-batches as a single update's, so that in low precision both round alike.
         batches = split(rollout.sequences, rollout.mask, {}, self.token_budget, packed=self._packs(rollout))
+        missing = all_reduce_max(len(batches), self.device) - len(batches)
         with self._phase("scoring", len(batches)):
-            for batch in batches:
+            # Sharded forwards are collectives: every rank runs as many as the busiest.
+            for batch in [*batches, *[idle({})] * missing]:
                 moved, width = to_device(batch, self.device), batch.mask.shape[1]
                 arguments = moved.sequences, moved.mask, self.sampling.temperature
                 if old is not None:
