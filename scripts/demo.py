@@ -206,15 +206,15 @@ class Demo:
         """Run one phase in the foreground; a failure or an interruption ends the demo with its exit status."""
         say(f"--- {phase}")
         start = time.perf_counter()
-        process = subprocess.Popen(command, cwd=ROOT)
+        process, interrupted = subprocess.Popen(command, cwd=ROOT), False
         while True:
             try:
                 status = process.wait()
                 break
             except KeyboardInterrupt:
-                continue  # the child got it too and is saving what it has
+                interrupted = True  # the child got it too and is saving what it has
         if status != 0:
-            hint = "; type the same command to go on" if status in (75, 130, -2) else ""
+            hint = "; type the same command to go on" if interrupted or status == 75 else ""
             say(f"{phase} ended with status {status}{hint}")
             sys.exit(status if status > 0 else 128 - status)
         say(f"--- {phase}: {time.perf_counter() - start:.0f} s")
