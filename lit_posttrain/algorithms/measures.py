@@ -1,5 +1,6 @@
 """What an online iteration is logged as: TRL's GRPO tags, over all ranks, masked and counted."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -37,8 +38,8 @@ def rollout_sums(
         sums["sampling/sampling_logp_difference/mean"] = gap.abs().sum()
         sums["sampling/importance_sampling_ratio/mean"] = ratio.where(mask, 0.0).sum()
         extremes["sampling/sampling_logp_difference/max"] = gap.abs().amax()
-        extremes["sampling/importance_sampling_ratio/max"] = ratio.amax()
-        extremes["sampling/importance_sampling_ratio/min"] = -ratio.amin()
+        extremes["sampling/importance_sampling_ratio/max"] = ratio.where(mask, 0.0).amax()
+        extremes["sampling/importance_sampling_ratio/min"] = -ratio.where(mask, torch.inf).amin()
         if "ref_log_probs" in batch.columns:
             sums["reference_gap"] = (log_probs - batch.columns["ref_log_probs"]).where(mask, 0.0).abs().sum()
     return sums, extremes
@@ -110,7 +111,8 @@ def _updates(results: Sequence[StepResult]) -> dict[str, float]:
             metrics[name] /= overall
     metrics.pop("reference_gap", None)
     for name, value in results[0].extremes.items():
-        metrics[name] = -value if name.endswith("/min") else value
+        if math.isfinite(value):  # else no token was scored on any rank
+            metrics[name] = -value if name.endswith("/min") else value
     for name, pick in (("low", min), ("high", max)):
         values = [r.metrics[f"clip_ratio/{name}_mean"] for r in results if f"clip_ratio/{name}_mean" in r.metrics]
         metrics[f"clip_ratio/{name}_{pick.__name__}"] = pick(values, default=0.0)
