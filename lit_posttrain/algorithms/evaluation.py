@@ -137,6 +137,7 @@ class Evaluation:
         values = {f"pass@{k}": float(metric.compute()) for k, metric in self.pass_at.items()}
         if self.verifier is not None:
             values[f"maj@{self.config.samples}"] = float(self.consensus.compute())
+        values = {name: value for name, value in values.items() if value == value}  # of no prompt with enough verdicts
         return {**values, **self._means(), **reported(self.rewards)}, evaluation_markdown(self.rows)
 
     def _means(self) -> dict[str, float]:
