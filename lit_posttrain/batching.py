@@ -57,11 +57,18 @@ def split(
     return [take(sequences, mask, columns, index) for index in batches]
 
 
+def _rows_of_prompts(sequences: Sequences, rows: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
+    """Rows by the prompt they begin with."""
+    prompts = sequences.prompt_lengths.tolist()
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row in rows:
+        groups.setdefault(tuple(sequences.ids[row, : prompts[row]].tolist()), []).append(row)
+    return groups
+
+
 def _by_prompt(sequences: Sequences, chosen: Int[Tensor, " n"], token_budget: int) -> list[Int[Tensor, " m"]]:
     prompts, lengths = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for row in chosen.tolist():
-        groups.setdefault(tuple(sequences.ids[row, : prompts[row]].tolist()), []).append(row)
+    groups = _rows_of_prompts(sequences, chosen.tolist())
     batches: list[list[int]] = [[]]
     full = 0  # tokens of the groups in the batch that are complete
     for rows in groups.values():
@@ -142,13 +149,10 @@ class PackedRow(NamedTuple):
 
 def pack(sequences: Sequences) -> PackedRow:
     """One row of all sequences; those with the same prompt share it."""
-    prompts, lengths = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
-    members: dict[tuple[int, ...], list[int]] = {}
-    for row, length in enumerate(prompts):
-        members.setdefault(tuple(sequences.ids[row, :length].tolist()), []).append(row)
+    lengths = sequences.lengths.tolist()
     ids, positions, groups, start = [], [], [], 0
     states = torch.zeros_like(sequences.ids[:, 1:])
-    for prompt, rows in members.items():
+    for prompt, rows in _rows_of_prompts(sequences, range(len(lengths))).items():
         p, width = len(prompt), max(lengths[row] for row in rows) - len(prompt)
         block = sequences.ids.new_zeros(len(rows), width)
         for i, row in enumerate(rows):

@@ -12,6 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from lit_posttrain.batching import idle
+from lit_posttrain.types import MicroBatch
+
 
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2: parameters, gradients and optimizer state sharded over all processes.
@@ -108,6 +111,17 @@ def all_reduce_max(value: int, device: torch.device) -> int:
     tensor = torch.tensor([value], dtype=torch.int64, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor.item())
+
+
+def same_number(batches: Sequence[MicroBatch], columns: dict[str, Tensor], device: torch.device) -> list[MicroBatch]:
+    """As many micro-batches as the busiest rank has, idle ones at the end: sharded forwards are collectives.
+
+    Args:
+        batches: This rank's.
+        columns: What columns an idle one needs.
+        device: Of the collective.
+    """
+    return [*batches, *[idle(columns)] * (all_reduce_max(len(batches), device) - len(batches))]
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

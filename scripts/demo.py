@@ -21,8 +21,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs/r1_zero/largest_smollm2.yaml"
-# Matrix work of the whole demo beside that of its calibration, as measured with this configuration and model.
+# Rows, inner and columns of the model's typical matrix product, whose speed the estimate is made from.
 CALIBRATION = (512, 576, 1536)
+# What a training iteration costs at that speed, overheads included, and a measurement in iterations: from a whole run
+# of the default configuration on two cores.
+TFLOP_PER_ITERATION = 8.5
+MEASURE_ITERATIONS = 13.0
 PANELS = {
     "reward": ["train/reward", "train/rewards/accuracy/mean", "train/rewards/format/mean"],
     "held-out": ["eval/pass@1", "eval/maj@16", "eval/pass@16"],
@@ -78,7 +82,10 @@ class Demo:
     def __init__(self, config: Path, model: Path, out: Path, overrides: list[str]):
         self.config, self.model, self.out, self.overrides = config, model, out, overrides
         self.exported = out / "model"
-        self.settings: dict[str, Any] = yaml.safe_load(config.read_text())
+        self.steps: int = yaml.safe_load(config.read_text())["trainer"]["max_steps"]
+        for override in overrides:
+            if override.startswith("--trainer.max_steps="):
+                self.steps = int(override.split("=")[1])
 
     def refuse_other_settings(self) -> None:
         """Results of other settings in the same folder would be mixed up with these."""
@@ -95,7 +102,7 @@ class Demo:
         from lit_posttrain.precision import describe_hardware, multiplies_bfloat16
 
         cpu = torch.device("cpu")
-        steps = self.settings["trainer"]["max_steps"]
+        steps = self.steps
         rate = gemm_rate(torch.bfloat16 if multiplies_bfloat16(cpu) else torch.float32)
         minutes = steps * TFLOP_PER_ITERATION / rate / 60
         say(describe_hardware(cpu))
@@ -125,10 +132,7 @@ class Demo:
         """Train, from the newest checkpoint where there is one."""
         from lit_posttrain.checkpoint import newest_checkpoint, newest_run
 
-        steps = self.settings["trainer"]["max_steps"]
-        for override in self.overrides:
-            if override.startswith("--trainer.max_steps="):
-                steps = int(override.split("=")[1])
+        steps = self.steps
         run = newest_run(self.out / "train")
         newest = newest_checkpoint(run) if run else None
         if newest is not None and newest.step >= steps:
@@ -218,12 +222,6 @@ class Demo:
             say(f"{phase} ended with status {status}{hint}")
             sys.exit(status if status > 0 else 128 - status)
         say(f"--- {phase}: {time.perf_counter() - start:.0f} s")
-
-
-# Matrix work of one training iteration in units of the calibration's rate, overheads included, and what one
-# measurement costs in iterations. Both from a whole run of this configuration.
-TFLOP_PER_ITERATION = 8.5
-MEASURE_ITERATIONS = 13.0
 
 
 def gemm_rate(dtype: Any) -> float:

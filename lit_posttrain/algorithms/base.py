@@ -13,16 +13,16 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lit_posttrain import gates, randomness
-from lit_posttrain.batching import idle, to_device
+from lit_posttrain.batching import to_device
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
 from lit_posttrain.precision import describe_hardware
 from lit_posttrain.sharding import (
-    all_reduce_max,
     all_reduce_sum,
     average_gradients,
     full_tensor,
     prime,
+    same_number,
     shard,
     world_size,
 )
@@ -204,15 +204,13 @@ class PostTrainModule(pl.LightningModule, ABC):
         loss: Callable[[MicroBatch, Totals], Loss],
         idle_columns: dict[str, Tensor],
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        count = all_reduce_max(len(micro_batches), self.device)
-        batches = [*micro_batches, *[idle(idle_columns)] * (count - len(micro_batches))]
         metrics: dict[str, Tensor] = {}
         extremes: dict[str, Tensor] = {}
         model = self.trainer.model
         # Gradients are averaged by hand after the last backward, so DDP's own reducer stays out of it.
         unsynced = model.no_sync() if isinstance(self.trainer.strategy, DDPStrategy) else nullcontext()  # pyright: ignore
         with unsynced:
-            for batch in batches:
+            for batch in same_number(micro_batches, idle_columns, self.device):
                 out = loss(to_device(batch, self.device), totals)
                 # Gradients are averaged over ranks, and the loss is a sum over them.
                 self.manual_backward(out.loss * world_size())

@@ -15,7 +15,7 @@ from lit_posttrain.metrics import ConsensusAtK, PassAtK
 from lit_posttrain.rewards.base import RewardFunction, Verifier, judge
 from lit_posttrain.rollout.collect import generate, to_samples
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
-from lit_posttrain.sharding import all_reduce_sum
+from lit_posttrain.sharding import all_reduce_sum, world_size
 from lit_posttrain.types import Completion, PromptBatch, Sample, Verdict
 
 
@@ -128,7 +128,7 @@ class Evaluation:
             Values by tag without prefix, and some samples as markdown.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        suffix = f".rank-{rank}" if rank or _several_ranks() else ""
+        suffix = f".rank-{rank}" if world_size() > 1 else ""
         partial = folder / f".step-{step}{suffix}.part"
         with partial.open("w", encoding="utf-8") as file:
             for row in self.rows:
@@ -155,9 +155,3 @@ class Evaluation:
         reduced = all_reduce_sum(flat, self.device)
         pairs = zip(sums, reduced[::2], reduced[1::2], strict=True)
         return {name: total / count for name, total, count in pairs if count}
-
-
-def _several_ranks() -> bool:
-    from lit_posttrain.sharding import world_size
-
-    return world_size() > 1

@@ -30,7 +30,7 @@ class GRPO(OnlineModule):
 
     def loss(self, batch: MicroBatch, totals: Totals) -> Loss:
         """The objective on one micro-batch."""
-        log_probs, old, measured = self.loss_inputs(batch)
+        log_probs, old, sums, extremes = self.loss_inputs(batch)
         out = self.objective.policy_loss(
             log_probs,
             old,
@@ -41,5 +41,5 @@ class GRPO(OnlineModule):
             self.sampling.max_new_tokens,
         )
         tokens = max(totals.tokens, 1.0)
-        shares = {name: value / tokens for name, value in measured.metrics.items()}
-        return Loss(out.loss, {**shares, **out.metrics}, measured.extremes)
+        shares = {name: value / tokens for name, value in sums.items()}
+        return Loss(out.loss, {**shares, **out.metrics}, extremes)

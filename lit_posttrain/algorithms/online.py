@@ -12,12 +12,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_posttrain import gates, randomness
-from lit_posttrain.algorithms.base import Loss, StepResult
+from lit_posttrain.algorithms.base import StepResult
 from lit_posttrain.algorithms.evaluation import EvaluationConfig
 from lit_posttrain.algorithms.measures import reported, rollout_metrics, rollout_sums
 from lit_posttrain.algorithms.samples import as_markdown
 from lit_posttrain.algorithms.sampling import SamplingModule
-from lit_posttrain.batching import idle, split, to_device
+from lit_posttrain.batching import split, to_device
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.objective import Objective
 from lit_posttrain.policy import Policy, PolicyConfig
@@ -25,7 +25,7 @@ from lit_posttrain.reference import Reference, ReferenceConfig
 from lit_posttrain.rewards.base import RewardFunction, judge
 from lit_posttrain.rollout.collect import Rollout, assemble, generate, to_samples
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
-from lit_posttrain.sharding import all_reduce_max, all_reduce_sum, world_size
+from lit_posttrain.sharding import all_reduce_sum, same_number, world_size
 from lit_posttrain.types import MicroBatch, PromptBatch
 
 
@@ -178,10 +178,8 @@ class OnlineModule(SamplingModule):
         ref = torch.zeros(rollout.mask.shape) if self.reference is not None else None
         # The same micro-batches as a single update's, so that in low precision both round alike.
         batches = split(rollout.sequences, rollout.mask, {}, self.token_budget, packed=self._packs(rollout))
-        missing = all_reduce_max(len(batches), self.device) - len(batches)
         with self._phase("scoring", len(batches)):
-            # Sharded forwards are collectives: every rank runs as many as the busiest.
-            for batch in [*batches, *[idle({})] * missing]:
+            for batch in same_number(batches, {}, self.device):
                 moved, width = to_device(batch, self.device), batch.mask.shape[1]
                 arguments = moved.sequences, moved.mask, self.sampling.temperature
                 if old is not None:
@@ -239,17 +237,13 @@ class OnlineModule(SamplingModule):
             return counts
         return counts & (advantages != 0)
 
-    def loss_inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Loss]:
-        """Log-probs with gradient, old log-probs, and what is measured of them on the way."""
+    def loss_inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Log-probs with gradient, old log-probs, and sums and largest values of what is measured on the way."""
         scored = self.built_policy()(batch.sequences, batch.mask, self.sampling.temperature, with_entropy=True)
         log_probs = scored.log_probs
         first = "old_log_probs" not in batch.columns
         old = log_probs.detach() if first else batch.columns["old_log_probs"]
-        return (
-            log_probs,
-            old,
-            Loss(log_probs.sum() * 0, *rollout_sums(batch, log_probs.detach(), scored.entropy, first)),
-        )
+        return log_probs, old, *rollout_sums(batch, log_probs.detach(), scored.entropy, first)
 
     def _refresh_reference(self, iteration: int) -> None:
         every = self.reference_config.refresh_every

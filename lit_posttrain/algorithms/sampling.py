@@ -118,7 +118,7 @@ class SamplingModule(PostTrainModule):
         self.evaluation.finish(self.run_dir() / "predictions", self.step_of_weights(), self.global_rank)
 
     def _tick_evaluation(self, finished: int) -> None:
-        if world_size() == 1:
+        if world_size() == 1:  # one rank that stopped alone would leave the others waiting
             self.poll()
 
     def _finish_evaluation(self, prefix: str) -> None:
@@ -154,8 +154,7 @@ class SamplingModule(PostTrainModule):
     def _tick(self, finished: int) -> None:
         if finished:
             self.advance(finished)
-        if world_size() == 1:  # one rank that stopped alone would leave the others waiting
-            self.poll()
+        self._tick_evaluation(finished)
 
     def _stop_ids(self) -> list[int]:
         given = self.sampling.stop_token_ids
