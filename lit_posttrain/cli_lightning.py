@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_posttrain import cli_resume
+from lit_posttrain.allocator import keep_freed_memory
 from lit_posttrain.checkpoint import CheckpointError
 from lit_posttrain.cli_config import LINK_SOURCE, LINK_TARGET, ConfigTree, UserError, read
 from lit_posttrain.cli_errors import explain, ignored
@@ -178,6 +179,7 @@ def run(argv: Sequence[str], model_base: type, data_base: type, tree: ConfigTree
         UserError: Something to mend in what was given, or a reward's or a gate's refusal (exit status 3).
     """
     _hush()
+    keep_freed_memory()
     try:
         return PostTrainCLI(
             argv,

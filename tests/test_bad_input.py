@@ -15,7 +15,7 @@ from tiny_runs import write_questions
 from lit_posttrain import cli
 from lit_posttrain.checkpoint import newest_checkpoint
 from lit_posttrain.data.base import PostTrainDataModule
-from lit_posttrain.rollout import ReferenceEngine
+from lit_posttrain.rollout import NativeEngine
 
 RUN = Path("logs/tiny/version_0")
 
@@ -139,13 +139,13 @@ def case(
     shutil.copytree(trained, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     generated: list[int] = []
-    real = ReferenceEngine.generate
+    real = NativeEngine.generate
 
     def counting(self: Any, prompts: Sequence[Any], *rest: Any) -> Any:
         generated.append(len(prompts))
         return real(self, prompts, *rest)
 
-    monkeypatch.setattr(ReferenceEngine, "generate", counting)
+    monkeypatch.setattr(NativeEngine, "generate", counting)
     return Case(capsys, generated, tiny_model)
 
 

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lit_posttrain"
 # A module imports its own line and the lines above it, never one below.
 LAYERS = [
-    ["functional", "types", "randomness"],
+    ["functional", "types", "randomness", "allocator"],
     ["batching"],
     ["attention"],
     ["precision"],

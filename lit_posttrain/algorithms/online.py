@@ -38,7 +38,7 @@ class OnlineModule(SamplingModule):
         rewards: Judge the samples; their weighted scores add up to the reward.
         sampling: How completions are drawn.
         group_size: Completions of each prompt.
-        engine: Generates the completions; the reference engine by default.
+        engine: Generates the completions; the native engine by default.
         num_epochs: Passes over each rollout (the paper's mu).
         num_minibatches: Optimizer steps in each pass; must divide ``batch_size * group_size``.
         reference: What KL is measured against.

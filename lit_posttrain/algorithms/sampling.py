@@ -14,7 +14,7 @@ from lit_posttrain.algorithms.evaluation import Evaluation, EvaluationConfig
 from lit_posttrain.policy import Policy, PolicyConfig
 from lit_posttrain.rewards.base import RewardFunction
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
-from lit_posttrain.rollout.reference import ReferenceEngine
+from lit_posttrain.rollout.native import NativeEngine
 from lit_posttrain.sharding import world_size
 from lit_posttrain.types import PromptBatch
 
@@ -26,7 +26,7 @@ class SamplingModule(PostTrainModule):
         policy: The network that is trained.
         rewards: Judge the samples; their weighted scores add up to the reward.
         sampling: How completions are drawn.
-        engine: Generates the completions; the reference engine by default.
+        engine: Generates the completions; the native engine by default.
         evaluation: How held-out prompts are sampled and scored.
         optimizer: Gets the trainable parameters.
         scheduler: Learning-rate schedule, stepped once an iteration.
@@ -51,7 +51,7 @@ class SamplingModule(PostTrainModule):
             raise ValueError("model.init_args.rewards: name at least one reward function")
         self.rewards = rewards
         self.sampling = sampling
-        self.engine = engine or ReferenceEngine()
+        self.engine = engine or NativeEngine()
         self.evaluation = Evaluation(evaluation, sampling, rewards)
         self.seconds: dict[str, float] = defaultdict(float)
 

@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from lit_posttrain.batching import pad_sequences
 from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
-from lit_posttrain.rollout import ReferenceEngine, RolloutEngine, SamplingParams
+from lit_posttrain.rollout import NativeEngine, ReferenceEngine, RolloutEngine, SamplingParams
 from lit_posttrain.types import Completion, SamplingKey
 
 EOS = 1
 # From a limit on the rows decoded together to an engine.
-ENGINES: dict[str, Callable[[int], RolloutEngine]] = {"reference": lambda rows: ReferenceEngine(max_rows=rows)}
+ENGINES: dict[str, Callable[[int], RolloutEngine]] = {
+    "reference": lambda rows: ReferenceEngine(max_rows=rows),
+    "native": lambda rows: NativeEngine(max_rows=rows),
+}
 # Unequal lengths, shorter and longer than every sliding window, end tokens inside, one prompt twice.
 PROMPTS = [
     [40, 41, 42],

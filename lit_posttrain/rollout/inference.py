@@ -1,0 +1,104 @@
+"""A view of the policy's network for generating: the same modules, with linears as the CPU multiplies fastest."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+_HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+# oneDNN chooses the layout for this many rows; other numbers work too.
+PACKED_FOR_ROWS = 64
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight oneDNN has reordered once, instead of at every call. Inference only.
+
+    Args:
+        weight: ``[out, in]``, fp32 or bf16, on a CPU; the packed copy does not follow later changes.
+        bias: ``[out]`` or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        # Opaque to everything but the op below; neither parameter nor buffer.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR_ROWS)
+        self.bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T + b``."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether this machine multiplies by a prepacked ``weight``."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
+
+
+@torch.no_grad()
+def inference_view(network: PreTrainedModel, attention: str, *, own: bool) -> PreTrainedModel:
+    """``network`` in evaluation mode over the same weights, with packed linears and another attention function.
+
+    Modules are copied, so the network itself, its hooks and its mode stay as they are; which modules it has does not
+    matter. Packed weights are copies as of now; the others are shared unless ``own``.
+
+    Args:
+        network: A HF causal LM, adapters included; under sharding with its parameters gathered.
+        attention: Name of a registered attention function.
+        own: Copy what is not packed too, because the parameters will not stay where they are.
+    """
+    configs: dict[int, Any] = {}
+    modules: dict[int, nn.Module] = {}
+
+    def view(module: nn.Module) -> nn.Module:
+        if id(module) not in modules:
+            modules[id(module)] = _packed(module) or copied(module)
+        return modules[id(module)]
+
+    def copied(module: nn.Module) -> nn.Module:
+        # Not copy.copy: a sharded module's class would run its constructor again.
+        kind = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+        new = object.__new__(kind)
+        new.__dict__.update(vars(module))
+        for name in _HOOKS:
+            new.__dict__[name] = type(vars(module)[name])()
+        new.__dict__["training"] = False
+        new.__dict__["_modules"] = {name: m and view(m) for name, m in module._modules.items()}
+        if own:
+            new.__dict__["_parameters"] = {
+                name: None if p is None else nn.Parameter(p.detach().clone(), requires_grad=False)
+                for name, p in module._parameters.items()
+            }
+        if "config" in vars(module):
+            new.__dict__["config"] = switched(module.config)
+        return new
+
+    def switched(config: Any) -> Any:
+        if id(config) not in configs:
+            configs[id(config)] = copy.deepcopy(config)
+            configs[id(config)]._attn_implementation = attention
+        return configs[id(config)]
+
+    result = view(network)
+    assert isinstance(result, PreTrainedModel)
+    return result
+
+
+def _packed(module: nn.Module) -> nn.Module | None:
+    """The packed form of a linear layer; None for any other module."""
+    kind = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+    if kind not in (nn.Linear, Conv1D):
+        return None
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    if not packs(weight):
+        return None
+    # GPT-2 keeps its linears transposed.
+    return PackedLinear(weight.t().contiguous() if kind is Conv1D else weight, bias)  # pyright: ignore[reportArgumentType]
