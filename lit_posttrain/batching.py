@@ -68,23 +68,19 @@ def _rows_of_prompts(sequences: Sequences, rows: Sequence[int]) -> dict[tuple[in
 
 def _by_prompt(sequences: Sequences, chosen: Int[Tensor, " n"], token_budget: int) -> list[Int[Tensor, " m"]]:
     prompts, lengths = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
-    groups = _rows_of_prompts(sequences, chosen.tolist())
     batches: list[list[int]] = [[]]
-    full = 0  # tokens of the groups in the batch that are complete
-    for rows in groups.values():
+    full = 0  # tokens in the batch
+    for rows in _rows_of_prompts(sequences, chosen.tolist()).values():
         rows.sort(key=lambda r: (-lengths[r], r))
-        members: list[int] = []
+        shared = 0  # tokens of the prompt, once the batch holds it
         for row in rows:
-            prompt = prompts[row]
-            if (
-                batches[-1]
-                and full + packed_tokens(prompt, [lengths[r] - prompt for r in [*members, row]]) > token_budget
-            ):
+            whole = packed_tokens(prompts[row], [lengths[row] - prompts[row]])
+            if batches[-1] and full + whole - shared > token_budget:
                 batches.append([])
-                full, members = 0, []
-            members.append(row)
+                full = shared = 0
+            full += whole - shared
+            shared = prompts[row]
             batches[-1].append(row)
-        full += packed_tokens(prompts[rows[0]], [lengths[r] - prompts[r] for r in members])
     return [torch.tensor(batch) for batch in batches if batch]
 
 
@@ -121,18 +117,28 @@ class Group(NamedTuple):
     Attributes:
         start: Where the prompt begins.
         prompt: Its length.
-        rows: Number of completions after it.
-        width: What each is padded to.
+        completions: Length of each completion after it, without the last token.
     """
 
     start: int
     prompt: int
-    rows: int
-    width: int
+    completions: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt and its completions."""
+        return self.prompt + sum(self.completions)
+
+    @property
+    def shares(self) -> bool:
+        """Whether several completions follow the prompt; a lone one is plain text after it."""
+        return len(self.completions) > 1
 
 
 class PackedRow(NamedTuple):
-    """Sequences as one row ``[prompt | its completions, each padded to the longest] [next prompt | ...]``.
+    """Sequences as one row ``[prompt | completion | completion ...] [next prompt | ...]``, nothing padded.
+
+    A sequence's last token predicts nothing, so a completion's is left out.
 
     Attributes:
         ids: Token ids.
@@ -149,26 +155,26 @@ class PackedRow(NamedTuple):
 
 def pack(sequences: Sequences) -> PackedRow:
     """One row of all sequences; those with the same prompt share it."""
-    lengths = sequences.lengths.tolist()
+    device, lengths = sequences.ids.device, sequences.lengths.tolist()
     ids, positions, groups, start = [], [], [], 0
-    states = torch.zeros_like(sequences.ids[:, 1:])
+    states = torch.zeros(len(lengths), sequences.ids.shape[1] - 1, dtype=torch.long)
     for prompt, rows in _rows_of_prompts(sequences, range(len(lengths))).items():
-        p, width = len(prompt), max(lengths[row] for row in rows) - len(prompt)
-        block = sequences.ids.new_zeros(len(rows), width)
-        for i, row in enumerate(rows):
-            own = lengths[row] - p
-            block[i, :own] = sequences.ids[row, p : p + own]
+        p, first = len(prompt), start + len(prompt)
+        ids.append(sequences.ids[rows[0], :p])
+        positions.append(torch.arange(p))
+        for row in rows:
+            end = max(lengths[row] - 1, p)  # the last token's state is not read
+            ids.append(sequences.ids[row, p:end])
+            positions.append(torch.arange(p, end))
             # The prompt's last state predicts the first token of every completion.
-            first = start + p + i * width
-            states[row, :p] = torch.arange(start, start + p, device=states.device)
-            states[row, p : p + own - 1] = torch.arange(first, first + own - 1, device=states.device)
-        ids += [sequences.ids[rows[0], :p], block.flatten()]
-        positions += [torch.arange(p), torch.arange(p, p + width).repeat(len(rows))]
-        groups.append(Group(start, p, len(rows), width))
-        start += p + len(rows) * width
-    return PackedRow(torch.cat(ids)[None], torch.cat(positions)[None].to(sequences.ids.device), groups, states)
+            states[row, :p] = torch.arange(start, start + p)[: states.shape[1]]
+            states[row, p:end] = torch.arange(first, first + end - p)
+            first += end - p
+        groups.append(Group(start, p, tuple(lengths[row] - 1 - p for row in rows if lengths[row] - 1 > p)))
+        start = first
+    return PackedRow(torch.cat(ids)[None], torch.cat(positions)[None].to(device), groups, states.to(device))
 
 
 def packed_tokens(prompt: int, completions: list[int]) -> int:
     """Tokens that a prompt of this length and its completions take in a packed row."""
-    return prompt + len(completions) * max(completions, default=0)
+    return prompt + sum(max(length - 1, 0) for length in completions)

@@ -8,7 +8,7 @@ import copy
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -79,6 +79,6 @@ class ComputeView:
 
 def _move_grad(master: nn.Parameter, low: nn.Parameter) -> None:
     assert low.grad is not None
-    grad: Tensor = low.grad.float()
-    master.grad = grad if master.grad is None else master.grad.add_(grad)
+    # Widened as it is added: no fp32 copy of the gradient in between.
+    master.grad = low.grad.float() if master.grad is None else master.grad.add_(low.grad)
     low.grad = None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lit_posttrain import attention
 from lit_posttrain.batching import pack
 from lit_posttrain.functional.log_probs import TokenLogProbs, token_log_probs
+from lit_posttrain.layout import layout_of
 from lit_posttrain.types import Sequences
 
 
@@ -57,7 +58,11 @@ def _packed(
     # A mask that is already four-dimensional is passed on as it is, so that none is built; the layout replaces it.
     unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.ids.device)
     hidden = _decoder(network)(
-        input_ids=row.ids, position_ids=row.positions, attention_mask=unread, layout=row.groups, use_cache=False
+        input_ids=row.ids,
+        position_ids=row.positions,
+        attention_mask=unread,
+        layout=layout_of(row.groups, row.ids.device),
+        use_cache=False,
     ).last_hidden_state
     states, targets = hidden[0, row.states[mask]], sequences.ids[:, 1:][mask]
     # As one sequence whose state i predicts token i + 1, so that the shift stays in one place.

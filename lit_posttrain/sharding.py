@@ -60,9 +60,7 @@ def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, methods: Seq
         frozen: No backward will follow a forward, so gather and free again at once.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype != torch.float32 else None
-    names = {name for m in network.modules() for name in getattr(m, "_no_split_modules", None) or ()}
-    blocks = [m for m in network.modules() if type(m).__name__ in names]
-    for module in (*blocks, network):
+    for module in (*decoder_layers(network), network):
         fully_shard(
             module,
             mesh=mesh["data_parallel"],
@@ -74,6 +72,12 @@ def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, methods: Seq
     # A parameter left unsharded is never reduced: ranks would drift apart without a word.
     stray = [name for name, p in network.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
     assert not stray, f"not sharded: {stray}"
+
+
+def decoder_layers(network: nn.Module) -> list[nn.Module]:
+    """The blocks that transformers says belong together on one device."""
+    names = {name for m in network.modules() for name in getattr(m, "_no_split_modules", None) or ()}
+    return [m for m in network.modules() if type(m).__name__ in names]
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """Packed rows that share a prompt compute what padded rows compute, forward and backward."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from architectures.zoo import ARCHITECTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +35,7 @@ def gradients(policy: Policy, sequences: Sequences, packed: bool, temperature: f
     mask = sequences.completion_mask()
     mask[2] = False  # a row that counts nowhere
     out = policy(sequences, mask, temperature, with_entropy=True)
-    weights = torch.arange(mask.numel()).view(mask.shape).sin()
+    weights = torch.arange(mask.numel(), device=mask.device).view(mask.shape).sin()
     (out.log_probs * weights).sum().backward()
     policy.shares_prompts = True
     return out.log_probs.detach(), out.entropy, [p.grad.clone() for p in policy.model.parameters()]
@@ -49,10 +51,55 @@ def test_packed_equals_padded_forward_and_backward(policy: Policy) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()) + 1e-6)
 
 
+@pytest.mark.parametrize("architecture", ["tiny", *ARCHITECTURES])
+def test_gradients_are_those_of_padded_rows_to_the_last_digits(
+    architecture_folder: Callable[[str], Path], tiny_model: Path, architecture: str
+) -> None:
+    folder = tiny_model if architecture == "tiny" else architecture_folder(architecture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        policy = Policy(PolicyConfig(model=str(folder), compute_dtype="float32"))
+    if not policy.packs(0):
+        pytest.skip("this architecture is padded")
+    policy.window = None
+    sequences = pad_sequences([[5, 6]] * 3 + [[9]], [[7, 8, 9, 1], [7], [20, 21, 22], [4, 5, 6]])  # within every window
+    padded, packed = (torch.cat([g.flatten() for g in gradients(policy, sequences, p)[2]]) for p in (False, True))
+    assert (packed - padded).abs().max() < 2e-6 * padded.abs().max()
+
+
+def single_sequences() -> Sequences:
+    """As in fine-tuning: nothing but the first token is given, and for some it is the same."""
+    return pad_sequences([[1], [1], [2], [3]], [[5, 6, 7, 8, 9], [5], [9, 8], [4, 4, 4]])
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_plain_sequences_and_lone_completions(policy: Policy, alone: bool) -> None:
+    sequences = single_sequences()
+    if alone:
+        sequences = Sequences(*(x[:1] for x in sequences))
+    mask = sequences.completion_mask()
+    logits = policy.model(input_ids=sequences.ids).logits.log_softmax(-1)[:, :-1]
+    expected = logits.gather(-1, sequences.ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(policy(sequences, mask, 1.0).log_probs[mask], expected[mask], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 5e-2)])
+def test_on_cuda_packed_equals_padded(tiny_model: Path, dtype: str, tolerance: float) -> None:
+    policy = Policy(PolicyConfig(model=str(tiny_model), compute_dtype=dtype)).cuda()
+    policy.sync()
+    sequences = Sequences(*(x.cuda() for x in ragged()))
+    padded, packed = gradients(policy, sequences, False), gradients(policy, sequences, True)
+    torch.testing.assert_close(packed[0], padded[0], rtol=tolerance, atol=tolerance)
+    a, b = (torch.cat([g.flatten() for g in side[2]]) for side in (packed, padded))
+    assert (a - b).norm() < tolerance * b.norm()
+
+
 def test_a_prompt_is_computed_once_for_all_its_completions(policy: Policy) -> None:
     sequences = ragged()
     row = pack(sequences)
-    assert row.ids.shape[1] == (4 + 3 * 7) + (6 + 3 * 9) + (2 + 5)
+    assert row.ids.shape[1] == (4 + 6 + 0 + 3) + (6 + 8 + 8 + 1) + (2 + 4)
     seen: list[int] = []
     embedding = policy.model.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numel()))

@@ -87,7 +87,7 @@ def test_neighbours_are_alike_in_length(lengths, budget: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=14), budget=st.integers(1, 90)
+    rows=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=14), budget=st.integers(1, 90)
 )
 def test_packed_micro_batches_hold_shared_prompts_once(rows, budget: int) -> None:
     prompts = [[10 * which + j for j in range(1 + 2 * which)] for which, _ in rows]
@@ -106,6 +106,29 @@ def test_packed_micro_batches_hold_shared_prompts_once(rows, budget: int) -> Non
             read = packed.states[row, : len(whole) - 1]  # the state at token j predicts token j + 1
             assert packed.ids[0, read].tolist() == whole[:-1]
             assert packed.positions[0, read].tolist() == list(range(len(whole) - 1))
+        for group in packed.groups:
+            assert group.tokens == group.prompt + sum(group.completions)
+            assert 0 not in group.completions
+        assert sum(group.tokens for group in packed.groups) == tokens
+
+
+def test_a_packed_row_holds_each_token_that_predicts_once_and_nothing_else() -> None:
+    sequences = pad_sequences([[5, 6, 7], [8], [5, 6, 7], [5, 6, 7]], [[1, 2, 3], [4, 9], [], [1]])
+    row = pack(sequences)
+    assert row.ids.tolist() == [[5, 6, 7, 1, 2, 8, 4]]  # without the last token of each sequence, which predicts none
+    assert row.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+    assert [tuple(group) for group in row.groups] == [(0, 3, (2,)), (5, 1, (1,))]
+    assert row.states.tolist()[0] == [0, 1, 2, 3, 4]
+    assert row.states.tolist()[1][:2] == [5, 6]
+    assert packed_tokens(3, [3, 0, 1]) + packed_tokens(1, [2]) == 7
+
+
+def test_packed_micro_batches_are_filled_up_to_the_budget() -> None:
+    """Two completions of 4 and 2 tokens take 3 + 1 after their prompt of 3; the shared prompt is counted once."""
+    sequences = pad_sequences([[5, 6, 7]] * 2 + [[8]], [[1] * 4, [1] * 2, [2] * 5])
+    mask = sequences.completion_mask()
+    for budget, expected in ((12, [[0, 1, 2]]), (11, [[0, 1], [2]]), (7, [[0, 1], [2]]), (6, [[0], [1], [2]])):
+        assert [b.rows.tolist() for b in split(sequences, mask, {}, budget, packed=True)] == expected
 
 
 def test_a_row_above_the_budget_goes_alone() -> None:

@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "lit_posttrain"
 LAYERS = [
     ["functional", "types", "randomness", "allocator"],
     ["batching"],
+    ["layout"],
+    ["cascade"],
     ["attention"],
     ["precision"],
     ["sharding"],

@@ -239,7 +239,10 @@ class OnlineModule(SamplingModule):
 
     def loss_inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Log-probs with gradient, old log-probs, and sums and largest values of what is measured on the way."""
-        scored = self.built_policy()(batch.sequences, batch.mask, self.sampling.temperature, with_entropy=True)
+        entropy_is_read = self.logger is not None
+        scored = self.built_policy()(
+            batch.sequences, batch.mask, self.sampling.temperature, with_entropy=entropy_is_read
+        )
         log_probs = scored.log_probs
         first = "old_log_probs" not in batch.columns
         old = log_probs.detach() if first else batch.columns["old_log_probs"]

@@ -10,8 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_CHUNK_ELEMENTS = 2**22
-ACCELERATOR_CHUNK_ELEMENTS = 2**26
+# Logits that exist at one time. The products gain from many positions at once, and the fp32 sum of the weight's
+# gradient is touched once a chunk.
+CHUNK_ELEMENTS = 2**25
+# On a CPU the softmax goes over fewer at a time, so that its passes find them in the cache.
+CPU_CACHE_ELEMENTS = 2**20
 
 
 class TokenLogProbs(NamedTuple):
@@ -34,22 +37,21 @@ class _Head(NamedTuple):
     softcap: float | None
     scale: float | None
 
-    def logits(
-        self, states: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], bias: Float[Tensor, " v"] | None
-    ) -> Float[Tensor, "n v"]:
-        """Logits in the accumulation dtype; the matrix product runs in the dtype of the states."""
-        logits = (states @ weight.T).to(_accumulation_dtype(states.dtype))
+    def logits(self, product: Float[Tensor, "n v"], bias: Float[Tensor, " v"] | None) -> Float[Tensor, "n v"]:
+        """Logits in the accumulation dtype from h W^T, which is used up where it has that dtype already."""
+        logits = product.to(_accumulation_dtype(product.dtype))
         if bias is not None:
             logits += bias
         if self.scale is not None:
             logits *= self.scale
         if self.softcap is not None:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits.div_(self.temperature)
+        return logits.div_(self.temperature) if self.temperature != 1 else logits
 
     def chain_(self, grad: Float[Tensor, "n v"], logits: Float[Tensor, "n v"]) -> None:
         """Turn the gradient of ``logits`` into that of h W^T + bias, in place; ``logits`` is used up."""
-        grad /= self.temperature
+        if self.temperature != 1:
+            grad /= self.temperature
         if self.softcap is not None:
             slope = logits.mul_(self.temperature / self.softcap).square_().neg_().add_(1.0)  # tanh' = 1 - tanh^2
             grad *= slope
@@ -77,13 +79,19 @@ class _ChunkedLogProbs(torch.autograd.Function):
         dtype = _accumulation_dtype(states.dtype)
         log_probs, normaliser = (torch.empty(len(states), dtype=dtype, device=states.device) for _ in range(2))
         entropy = torch.zeros(len(states) if with_entropy else 0, dtype=dtype, device=states.device)
-        for part in _parts(len(states), chunk):
-            logits = head.logits(states[part], compute_weight, bias)
-            normaliser[part] = logits.logsumexp(-1)
-            log_probs[part] = logits.gather(1, targets[part, None])[:, 0] - normaliser[part]
-            if with_entropy:
-                logits -= normaliser[part, None]
-                entropy[part] = -(logits.exp() * logits).sum(-1)
+        for chunk_part in _parts(0, len(states), chunk):
+            product = states[chunk_part] @ compute_weight.T
+            for part, inner in _inner(chunk_part, product):
+                logits = head.logits(product[inner], bias)
+                at_target = logits.gather(1, targets[part, None])[:, 0]
+                peak = logits.amax(-1)
+                shifted = logits.sub_(peak[:, None])
+                mass = shifted.exp()
+                total = mass.sum(-1)
+                normaliser[part] = total.log().add_(peak)
+                log_probs[part] = at_target - normaliser[part]
+                if with_entropy:  # log Z - E[logit]
+                    entropy[part] = total.log() - mass.mul_(shifted).sum(-1) / total
         ctx.save_for_backward(states, weight, bias, targets, normaliser)
         ctx.head, ctx.chunk = head, chunk
         ctx.mark_non_differentiable(entropy)
@@ -105,18 +113,21 @@ class _ChunkedLogProbs(torch.autograd.Function):
         # fp32 over the chunks: bf16 would lose what every further chunk adds.
         d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if for_weight else None
         d_bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if for_bias else None
-        for part in _parts(len(states), ctx.chunk):
-            logits = head.logits(states[part], compute_weight, bias)
-            d_logits = (logits - normaliser[part, None]).exp_().mul_(-grad[part, None])  # g (1[target] - softmax)
-            d_logits.scatter_add_(1, targets[part, None], grad[part, None])
-            head.chain_(d_logits, logits)
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(states.dtype)
+        for chunk_part in _parts(0, len(states), ctx.chunk):
+            product = states[chunk_part] @ compute_weight.T
+            d_product = torch.empty_like(product)
+            for part, inner in _inner(chunk_part, product):
+                logits = head.logits(product[inner], bias)
+                d_logits = logits.sub(normaliser[part, None]).exp_().mul_(-grad[part, None])  # g (1[target] - softmax)
+                d_logits.scatter_add_(1, targets[part, None], grad[part, None])
+                head.chain_(d_logits, logits)
+                if d_bias is not None:
+                    d_bias += d_logits.sum(0)
+                d_product[inner] = d_logits
             if d_states is not None:
-                d_states[part] = d_logits @ compute_weight
+                torch.mm(d_product, compute_weight, out=d_states[chunk_part])
             if d_weight is not None:
-                d_weight += d_logits.T @ states[part]
+                d_weight += d_product.T @ states[chunk_part]
         return (
             d_states,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -150,8 +161,7 @@ def token_log_probs(
         bias: Of the unembedding.
         softcap: Final soft cap c: c tanh(logits / c) before the temperature (Gemma).
         scale: Multiplies the logits before the soft cap (Cohere's ``logit_scale``, 1 / ``logits_scaling`` of Granite).
-        chunk: Positions whose logits exist at one time. None fits about 4 million logits on a CPU (its cache), 64
-            million elsewhere.
+        chunk: Positions whose logits exist at one time. None fits about 34 million logits.
         with_entropy: Whether the same pass also gives the entropy.
 
     Raises:
@@ -161,8 +171,7 @@ def token_log_probs(
         raise ValueError(f"sampling.temperature: must be above 0 to score tokens, got {temperature}")
     b, s, d = hidden.shape
     if chunk is None:
-        elements = CPU_CHUNK_ELEMENTS if hidden.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
-        chunk = max(1, elements // weight.shape[0])
+        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
     if chunk < 1:
         raise ValueError(f"chunk: must be at least 1 position, got {chunk}")
     if mask is None:
@@ -183,5 +192,14 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _parts(n: int, chunk: int) -> list[slice]:
-    return [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
+def _parts(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
+
+
+def _inner(chunk: slice, product: Float[Tensor, "n v"]) -> list[tuple[slice, slice]]:
+    """The chunk in pieces that fit the cache: each among all positions, and among the chunk's."""
+    step = len(product)
+    if product.device.type == "cpu":
+        step = max(1, CPU_CACHE_ELEMENTS // product.shape[1])
+    pieces = _parts(chunk.start, chunk.stop, step)
+    return [(p, slice(p.start - chunk.start, p.stop - chunk.start)) for p in pieces]

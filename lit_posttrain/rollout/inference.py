@@ -47,7 +47,7 @@ def inference_view(network: PreTrainedModel, attention: str, *, own: bool) -> Pr
     """``network`` in evaluation mode over the same weights, with packed linears and another attention function.
 
     Modules are copied, so the network itself, its hooks and its mode stay as they are; which modules it has does not
-    matter. Packed weights are copies as of now; the others are shared unless ``own``.
+    matter. Packed weights and buffers are copies as of now; other parameters are shared unless ``own``.
 
     Args:
         network: A HF causal LM, adapters included; under sharding with its parameters gathered.
@@ -70,6 +70,9 @@ def inference_view(network: PreTrainedModel, attention: str, *, own: bool) -> Pr
         for name in _HOOKS:
             new.__dict__[name] = type(vars(module)[name])()
         new.__dict__["training"] = False
+        new.__dict__.pop("forward", None)  # compiled for training, and bound to the original
+        # Some rotary embeddings change their frequencies as sequences grow; the network's own must stay.
+        new.__dict__["_buffers"] = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
         new.__dict__["_modules"] = {name: m and view(m) for name, m in module._modules.items()}
         if own:
             new.__dict__["_parameters"] = {

@@ -5,6 +5,7 @@ them. So the write is a slice, a sliding window is a slice, and rows of any age 
 positions within each row, never columns.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "lit_posttrain_decode"
+# Share of the columns that a shift must free, so that it pays; otherwise the cache grows.
+SLACK = 1 / 4
 # What some architectures hand to their attention function, and this one cannot honour.
 _UNSUPPORTED = ("s_aux", "position_bias")
 
@@ -104,10 +107,11 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor
     if scores.window is not None:
         seen = seen.triu(1 - scores.window)
     mask = torch.zeros(n, n, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
-    return _attention(query, key, value, mask, scores)
+    return attention(query, key, value, mask, scores)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """Attention ``[..., n, d]`` of queries ``[..., n, d]`` under a mask that is added to the scores."""
     if scores.softcap is None:
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scores.scale)
     scale = query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
@@ -119,22 +123,23 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, s
 
 
 class KVCache(Layout):
-    """Keys and values of the rows being decoded; ``attend`` serves one step of the first ``live`` rows.
+    """Keys and values of the rows being decoded; ``attend`` serves one step of the first of them.
 
     Args:
         rows: Most rows.
         first: Column that the first token after a prompt is written to; at least the longest prompt.
         columns: Columns to begin with.
+        most: Columns it may grow to; at least ``most_columns`` of what its rows hold.
         like: Keys and values of each layer, for their shapes.
     """
 
-    def __init__(self, rows: int, first: int, columns: int, like: dict[int, tuple[Tensor, Tensor]]):
+    def __init__(self, rows: int, first: int, columns: int, most: int, like: dict[int, tuple[Tensor, Tensor]]):
         self.end = first
         self.longest_prompt = first
         self.columns = columns
+        self.most = most
         self.layers = {
-            layer: (_zeros(rows, columns, keys), _zeros(rows, columns, values))
-            for layer, (keys, values) in like.items()
+            layer: (zeros(rows, columns, keys), zeros(rows, columns, values)) for layer, (keys, values) in like.items()
         }
         device = next(iter(like.values()))[0].device
         self.starts = torch.zeros(rows, dtype=torch.long, device=device)
@@ -151,24 +156,30 @@ class KVCache(Layout):
         self.starts[rows] = start
 
     def move(self, sources: Int[Tensor, " n"], targets: Int[Tensor, " n"]) -> None:
-        """Rows ``targets`` become rows ``sources``."""
-        used = slice(self.lowest, self.end)
+        """Rows ``targets`` become rows ``sources``; both on the CPU."""
+        # Not from ``lowest``: rows taken in since the last step may begin before it.
+        used = slice(int(self.starts[sources].min()), self.end)
         for pair in self.layers.values():
             for x in pair:
                 x[targets, :, used] = x[sources, :, used]
         self.starts[targets] = self.starts[sources]
 
-    def begin(self, live: int) -> Int[Tensor, " live"]:
-        """Get ready for one more token in each of the first ``live`` rows; returns the tokens' positions."""
+    def begin(self, live: int, rows: int) -> Int[Tensor, " rows"]:
+        """Get ready for one more token in each of the first ``live`` rows; returns the tokens' positions.
+
+        The rows from there up to ``rows`` only fill the batch up.
+        """
+        # Rows that others left would hold on to old columns, and count positions past the network's last.
+        self.starts[live:rows] = self.starts[0]
         if self.end == self.columns:
-            self._make_room(live)
-        starts = self.starts[:live]
+            self._make_room(rows)
+        starts = self.starts[:rows]
         self.lowest = int(starts.min())
         self.mask = None
         if int(starts.max()) > self.lowest:
             column = torch.arange(self.lowest, self.end + 1, device=starts.device)
             dtype = next(iter(self.layers.values()))[0].dtype
-            self.mask = torch.zeros(live, 1, 1, len(column), dtype=dtype, device=starts.device)
+            self.mask = torch.zeros(rows, 1, 1, len(column), dtype=dtype, device=starts.device)
             self.mask.masked_fill_((column < starts[:, None])[:, None, None], -torch.inf)
         return self.end - starts
 
@@ -186,19 +197,19 @@ class KVCache(Layout):
         low = self.lowest if scores.window is None else max(self.lowest, self.end + 1 - scores.window)
         seen = slice(low, self.end + 1)
         mask = None if self.mask is None else self.mask[..., low - self.lowest :]
-        out = _attention(grouped, keys[:live, :, seen], values[:live, :, seen], mask, scores)
+        out = attention(grouped, keys[:live, :, seen], values[:live, :, seen], mask, scores)
         return out.reshape(1, live, heads, out.shape[-1])
 
-    def _make_room(self, live: int) -> None:
+    def _make_room(self, rows: int) -> None:
         """Drop leading columns that no row uses any more; where that frees too little, double the columns."""
-        unused = min(int(self.starts[:live].min()), self.end - self.longest_prompt)
+        unused = min(int(self.starts[:rows].min()), self.end - self.longest_prompt)
         kept = self.end - unused
-        grown = self.columns if kept <= 0.75 * self.columns else 2 * self.columns
+        grown = self.columns if kept <= self.columns * (1 - SLACK) else min(2 * self.columns, self.most)
         for layer, pair in self.layers.items():
-            fresh = [_zeros(len(x), grown, x[0]) if grown > self.columns else x for x in pair]
+            fresh = [zeros(len(x), grown, x[0]) if grown > self.columns else x for x in pair]
             for new, old in zip(fresh, pair, strict=True):
                 # A copy in between: the two ranges may overlap.
-                new[:live, :, :kept] = old[:live, :, unused : self.end].clone()
+                new[:rows, :, :kept] = old[:rows, :, unused : self.end].clone()
             self.layers[layer] = fresh[0], fresh[1]
         self.starts.sub_(unused).clamp_(min=0)
         self.end, self.columns = kept, grown
@@ -214,5 +225,11 @@ def columns_for(longest_prompt: int, max_new_tokens: int, step: int = 256) -> in
     return longest_prompt + min(max_new_tokens, step)
 
 
-def _zeros(rows: int, columns: int, like: Float[Tensor, "h n d"]) -> Float[Tensor, "r h c d"]:
+def most_columns(longest_prompt: int, max_new_tokens: int) -> int:
+    """Columns that the cache never exceeds, however many completions pass through it."""
+    return math.ceil((longest_prompt + max_new_tokens) / (1 - SLACK))
+
+
+def zeros(rows: int, columns: int, like: Float[Tensor, "h n d"]) -> Float[Tensor, "r h c d"]:
+    """Memory for so many rows and columns of what ``like`` holds."""
     return torch.zeros(rows, like.shape[0], columns, like.shape[-1], dtype=like.dtype, device=like.device)

@@ -7,18 +7,21 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_posttrain.attention import window_of
 from lit_posttrain.batching import pad_sequences
 from lit_posttrain.policy import Policy
 from lit_posttrain.randomness import uniforms
-from lit_posttrain.rollout import kv_cache
+from lit_posttrain.rollout import kv_cache, static
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
+from lit_posttrain.rollout.graphs import GraphDecoder, decoder_for
 from lit_posttrain.rollout.inference import inference_view
 from lit_posttrain.rollout.kv_cache import KVCache, Prefill
 from lit_posttrain.rollout.reference import ReferenceEngine
 from lit_posttrain.rollout.sampler import draw
+from lit_posttrain.rollout.static import StaticKVCache, to_device
 from lit_posttrain.rollout.stops import StopRule
 from lit_posttrain.sharding import unsharded, world_size
 from lit_posttrain.types import Completion, SamplingKey
@@ -29,6 +32,8 @@ ROW_STEP = 8
 PREFILL_TOKENS = 4096
 # Rows that must be free before more are taken in: each time costs a forward pass of its own.
 REFILL_SHARE = 1 / 8
+# Not cuDNN's, which plans anew for every length of a prompt.
+ATTENTION_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class NativeEngine(RolloutEngine):
@@ -40,16 +45,20 @@ class NativeEngine(RolloutEngine):
     Args:
         max_rows: Most completions decoded together. More rows use the weights better; 64 to 128 on a CPU.
         max_cache_gib: Bounds keys and values, in GiB: fewer rows are decoded together where prompts and
-            ``max_new_tokens`` are long.
+            ``max_new_tokens`` are long. On a GPU they stay allocated between rollouts.
+        cuda_graphs: On a single GPU, record each step's kernels when its shape first comes (some tenths of a second
+            each), and launch them at once from then on; architectures that cannot be recorded go on without.
     """
 
-    def __init__(self, max_rows: int = 128, max_cache_gib: float = 4.0):
+    def __init__(self, max_rows: int = 128, max_cache_gib: float = 4.0, cuda_graphs: bool = True):
         if max_rows < 1:
             raise ValueError(f"engine.init_args.max_rows: must be at least 1, is {max_rows}")
         if not max_cache_gib > 0:
             raise ValueError(f"engine.init_args.max_cache_gib: must be above 0, is {max_cache_gib}")
         self.max_rows = max_rows
         self.max_cache_gib = max_cache_gib
+        self.cuda_graphs = cuda_graphs
+        self.decoder: GraphDecoder | None = None
         self.policy: Policy | None = None
         self.network: PreTrainedModel | None = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -71,10 +80,13 @@ class NativeEngine(RolloutEngine):
         with unsharded(policy):
             # Gathered parameters are freed again, and on a CPU the rest follows the packed weights: as of this sync.
             own = world_size() > 1 or policy.device.type == "cpu"
-            self.network = inference_view(policy.decode_network(), kv_cache.NAME, own=own)
+            view = inference_view(policy.decode_network(), kv_cache.NAME, own=own)
+            if self.decoder is None or self.decoder.device != policy.device:
+                self.decoder = decoder_for(policy.device, graphs=self.cuda_graphs and not own)
+            self.network = view if self.decoder is None else self.decoder.follow(view)
             reason = None if known else self._mismatch(policy)
         if reason is not None:
-            self.network = None
+            self._release()
             self.fallback = ReferenceEngine(self.max_rows)
             self.fallback.sync(policy)
             warnings.warn(
@@ -82,6 +94,16 @@ class NativeEngine(RolloutEngine):
                 "reference engine generates instead, which is slower",
                 stacklevel=2,
             )
+
+    def close(self) -> None:
+        """Release weights, cache and graphs; ``sync`` makes new ones."""
+        self.policy = self.fallback = None
+        self._release()
+
+    def _release(self) -> None:
+        self.network = None
+        if self.decoder is not None:
+            self.decoder.close()
 
     @torch.inference_mode()
     def generate(
@@ -100,7 +122,8 @@ class NativeEngine(RolloutEngine):
         stop_ids = self.policy.stop_token_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
         stop = StopRule(stop_ids, sampling.stop_strings, self.tokenizer)
         run = _Run(self, prompts, sampling, keys, stop, tick or (lambda finished: None))
-        run.run()
+        with sdpa_kernel(ATTENTION_BACKENDS):
+            run.run()
         return [
             Completion(t, p, "stop" if s else "length", self.weight_version)
             for t, p, s in zip(run.tokens, run.log_probs, run.stopped, strict=True)
@@ -139,13 +162,12 @@ class _Run:
     ):
         assert engine.network is not None
         assert engine.policy is not None
-        self.network, self.device = engine.network, engine.policy.device
+        self.network, self.device, self.decoder = engine.network, engine.policy.device, engine.decoder
         self.max_rows, self.max_bytes = engine.max_rows, engine.max_cache_gib * 2**30
         self.window = window_of(self.network)
         self.sampling, self.stop, self.tick = sampling, stop, tick
         self.prompts = [tuple(p) for p in prompts]
         self.uniforms = torch.stack([uniforms(k, sampling.max_new_tokens) for k in keys]) if keys else torch.zeros(0)
-        self.uniforms = self.uniforms.to(self.device)
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.log_probs: list[list[float]] = [[] for _ in prompts]
         self.stopped = [False] * len(prompts)
@@ -156,7 +178,8 @@ class _Run:
         self.waiting = [i for rows in order.values() for i in rows][::-1]
         self.prefilled: dict[tuple[int, ...], tuple[Prefill, slice, Tensor]] = {}
         self.live: list[int] = []
-        self.cache: KVCache | None = None
+        self.batch_rows = 0  # most rows in one step, those included that only fill it up
+        self.cache: KVCache | StaticKVCache | None = None
         # Unused by networks once the layout is given, but without one they would build a mask of their own.
         self.unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
 
@@ -199,10 +222,10 @@ class _Run:
                 break
             chosen.append(prompt)
         layout = Prefill([len(p) for p in chosen])
-        ids = torch.tensor([[t for p in chosen for t in p]], device=self.device)
-        positions = torch.tensor([[i for p in chosen for i in range(len(p))]], device=self.device)
-        last = torch.tensor([span.stop - 1 for span in layout.spans], device=self.device)
-        logits = self._logits(ids, positions, layout, last)
+        ids = torch.tensor([[t for p in chosen for t in p], [i for p in chosen for i in range(len(p))]])
+        last = torch.tensor([span.stop - 1 for span in layout.spans])
+        ids, last = to_device(ids, self.device), to_device(last, self.device)
+        logits = self._logits(ids[:1], ids[1:], layout, last)
         if self.window is not None and self.window not in layout.windows:
             raise ValueError("its layers do not say how far their sliding windows reach")
         for i, prompt in enumerate(chosen):
@@ -212,26 +235,36 @@ class _Run:
 
     def _allocate(self, layout: Prefill) -> None:
         longest = max(map(len, self.prompts))
-        most = (longest + self.sampling.max_new_tokens) * kv_cache.bytes_per_column(layout.layers)
-        self.max_rows = max(1, min(self.max_rows, len(self.prompts), int(self.max_bytes // most)))
-        columns = kv_cache.columns_for(longest, self.sampling.max_new_tokens)
-        self.cache = KVCache(_round_up(self.max_rows), longest, columns, layout.layers)
+        most = (kv_cache if self.decoder is None else static).most_columns(longest, self.sampling.max_new_tokens)
+        fitting = max(1, int(self.max_bytes // (most * kv_cache.bytes_per_column(layout.layers))))
+        self.max_rows = min(self.max_rows, len(self.prompts), fitting)
+        self.batch_rows = min(_round_up(self.max_rows), fitting)
+        if self.decoder is None:
+            columns = kv_cache.columns_for(longest, self.sampling.max_new_tokens)
+            self.cache = KVCache(self.batch_rows, longest, columns, most, layout.layers)
+        else:
+            self.cache = self.decoder.start(self.batch_rows, longest, most, layout.layers, self.max_bytes)
+            self.unread = self.decoder.unread
 
     # --- one more token for every row -------------------------------------------------------------------------
 
     def _step(self) -> None:
         assert self.cache is not None
-        rows = _round_up(len(self.live))
-        positions = self.cache.begin(rows)
+        round_up = _round_up if self.decoder is None else static.row_bucket
+        rows = min(round_up(len(self.live)), self.batch_rows)
+        positions = self.cache.begin(len(self.live), rows)
         last = [self.tokens[i][-1] for i in self.live]
-        ids = torch.tensor([last + [0] * (rows - len(last))], device=self.device)
-        logits = self._logits(ids, positions[None], self.cache, 0)
+        ids = to_device(torch.tensor([last + [0] * (rows - len(last))]), self.device)
+        if self.decoder is None:
+            logits = self._logits(ids, positions[None], self.cache, 0)
+        else:
+            logits = self.decoder(self._logits, ids, positions[None])
         self.cache.finish()
         self._draw(logits[: len(self.live)], 0)
         self._retire()
 
     def _logits(
-        self, ids: Tensor, positions: Tensor, layout: Prefill | KVCache, keep: int | Tensor
+        self, ids: Tensor, positions: Tensor, layout: Prefill | KVCache | StaticKVCache, keep: int | Tensor
     ) -> Float[Tensor, "n v"]:
         output = self.network(
             input_ids=ids,
@@ -246,10 +279,12 @@ class _Run:
     def _draw(self, logits: Float[Tensor, "n v"], first: int) -> None:
         """Draw the next token of rows ``first ..`` and note which completions end with it."""
         rows = self.live[first : first + len(logits)]
-        at = torch.tensor([len(self.tokens[i]) for i in rows], device=self.device)
-        sampled = draw(logits, self.uniforms[torch.tensor(rows, device=self.device), at], self.sampling.temperature)
+        uniforms = self.uniforms[torch.tensor(rows), torch.tensor([len(self.tokens[i]) for i in rows])]
+        sampled = draw(logits, to_device(uniforms, self.device), self.sampling.temperature)
+        # In one piece, since each transfer waits for the device; both are exact in float64.
+        tokens, log_probs = torch.stack([x.double() for x in sampled]).tolist()
         finished = 0
-        for i, token, log_prob in zip(rows, sampled.tokens.tolist(), sampled.log_probs.tolist(), strict=True):
+        for i, token, log_prob in zip(rows, map(int, tokens), log_probs, strict=True):
             if not math.isfinite(log_prob):
                 raise FloatingPointError(
                     f"the policy's logits are not finite (log-probability {log_prob} at token {len(self.tokens[i])} "
@@ -271,7 +306,7 @@ class _Run:
         holes = [row for row in range(len(kept)) if self._done(self.live[row])]
         if holes:
             sources = kept[-len(holes) :]
-            self.cache.move(torch.tensor(sources, device=self.device), torch.tensor(holes, device=self.device))
+            self.cache.move(torch.tensor(sources), torch.tensor(holes))
             for source, hole in zip(sources, holes, strict=True):
                 self.live[hole] = self.live[source]
         del self.live[len(kept) :]

@@ -24,6 +24,8 @@ _LLAMA_LIKE: dict[str, Any] = {
 _GEMMA = {**_LLAMA_LIKE, "head_dim": 8, "sliding_window": WINDOW, "tie_word_embeddings": True}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {**_LLAMA_LIKE, "tie_word_embeddings": True},
+    # Biases on queries, keys and values alone.
+    "qwen2": {**_LLAMA_LIKE, "tie_word_embeddings": True},
     "qwen3": {**_LLAMA_LIKE, "head_dim": 8, "tie_word_embeddings": False},
     "mistral": {**_LLAMA_LIKE, "sliding_window": WINDOW},
     "gemma2": {**_GEMMA, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 20.0},
