@@ -115,7 +115,6 @@ class _ChunkedLogProbs(torch.autograd.Function):
         d_bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if for_bias else None
         for chunk_part in _parts(0, len(states), ctx.chunk):
             product = states[chunk_part] @ compute_weight.T
-            d_product = torch.empty_like(product)
             for part, inner in _inner(chunk_part, product):
                 logits = head.logits(product[inner], bias)
                 d_logits = logits.sub(normaliser[part, None]).exp_().mul_(-grad[part, None])  # g (1[target] - softmax)
@@ -123,11 +122,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 head.chain_(d_logits, logits)
                 if d_bias is not None:
                     d_bias += d_logits.sum(0)
-                d_product[inner] = d_logits
+                product[inner] = d_logits  # its logits are used up
             if d_states is not None:
-                torch.mm(d_product, compute_weight, out=d_states[chunk_part])
+                torch.mm(product, compute_weight, out=d_states[chunk_part])
             if d_weight is not None:
-                d_weight += d_product.T @ states[chunk_part]
+                d_weight += product.T @ states[chunk_part]
         return (
             d_states,
             None if d_weight is None else d_weight.to(weight.dtype),

@@ -45,6 +45,23 @@ sampling/importance_sampling_ratio/mean sampling/importance_sampling_ratio/max
 )
 
 
+@pytest.mark.parametrize("logged", [True, False])
+def test_entropy_is_computed_where_a_logger_reads_it(tiny_model: Path, tmp_path: Path, logged: bool) -> None:
+    asked: list[bool] = []
+    module = grpo(tiny_model)
+
+    def watch(trainer: Any, module: Any) -> None:
+        real = module.built_policy().forward
+        module.built_policy().forward = lambda *a, with_entropy=False, **k: (
+            asked.append(with_entropy) or real(*a, with_entropy=with_entropy, **k)
+        )
+
+    module.on_train_start = lambda: (type(module).on_train_start(module), watch(None, module))[0]  # type: ignore
+    fit(module, prompts(tiny_model, tmp_path), tmp_path, **({} if logged else {"logger": False}))
+    assert asked  # also by the engine, which compares itself with the policy
+    assert (True in asked) == logged
+
+
 def test_every_tag_of_the_peer_is_there_at_the_right_iterations(tiny_model: Path, tmp_path: Path) -> None:
     kept: list[Any] = []
     module = grpo(tiny_model, objective=objective(kl=0.1), log_samples_every=2)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_posttrain.functional import log_probs as log_probs_module
 from lit_posttrain.functional.log_probs import TokenLogProbs, token_log_probs
 
 B, S, D, V = 3, 6, 5, 11
@@ -47,8 +48,11 @@ class Inputs:
 @pytest.mark.trap(8)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
-@pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_value_and_gradient_equal_the_full_softmax(head: dict[str, float], temperature: float, chunk: int) -> None:
+@pytest.mark.parametrize(("chunk", "cached"), [(1, 9), (4, 9), (100, 9), (100, 2), (5, 2)])
+def test_value_and_gradient_equal_the_full_softmax(
+    head: dict[str, float], temperature: float, chunk: int, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_probs_module, "CPU_CACHE_ELEMENTS", cached * V)  # positions in one pass of the softmax
     x = Inputs()
     upstream = torch.randn(B, S - 1, dtype=torch.float64)
     want = x.naive(temperature, **head).gather(2, x.ids[:, 1:, None])[..., 0] * x.mask

@@ -47,7 +47,7 @@ def test_prompts_side_by_side_do_not_see_each_other(scores: Scores) -> None:
     assert layout.windows == {scores.window}
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_rows_that_come_and_go_see_their_own_tokens_alone(seed: int) -> None:
     """Random arrivals, steps and departures; few columns, so that shifts and growth happen all the time."""
     choice, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -60,7 +60,8 @@ def test_rows_that_come_and_go_see_their_own_tokens_alone(seed: int) -> None:
     rows: list[list[tuple[Tensor, Tensor]]] = []  # of each live row and layer: its keys and values
     ages: list[int] = []
     columns, shifts, end = {cache.columns}, 0, cache.end
-    for _ in range(45):
+    layers = choice.choices(range(len(SCORES)), k=60)
+    for step in range(60):
         while len(rows) < ROWS and choice.random() < 0.5:
             n = choice.randint(1, ROWS - len(rows))
             span = choice.choice(prompts.spans)
@@ -85,8 +86,9 @@ def test_rows_that_come_and_go_see_their_own_tokens_alone(seed: int) -> None:
             for i, row in enumerate(rows):
                 keys, values = row[layer]
                 row[layer] = torch.cat((keys, key[0, :, i, None]), 1), torch.cat((values, value[0, :, i, None]), 1)
-                expected = by_hand(query[0, :, i], *row[layer], scores)
-                torch.testing.assert_close(out[0, i].double(), expected, atol=1e-5, rtol=1e-5)
+            if layer == layers[step]:  # comparing is what takes time
+                expected = torch.stack([by_hand(query[0, :, i], *row[layer], scores) for i, row in enumerate(rows)])
+                torch.testing.assert_close(out[0, : len(rows)].double(), expected, atol=1e-5, rtol=1e-5)
         cache.finish()
         ages = [age + 1 for age in ages]
     assert len(columns) > 1

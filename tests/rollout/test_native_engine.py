@@ -5,6 +5,7 @@ import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,12 @@ def policy_of(folder: Path, **arguments) -> Policy:
 def ready(engine: RolloutEngine, policy: Policy) -> RolloutEngine:
     engine.bind(load_tokenizer(policy.config))
     engine.sync(policy)
+    return engine
+
+
+def native(policy: Policy, max_rows: int = 5) -> NativeEngine:
+    engine = NativeEngine(max_rows)
+    ready(engine, policy)
     return engine
 
 
@@ -76,16 +83,16 @@ def policy(tiny_model: Path) -> Policy:
 def test_every_architecture_draws_what_the_reference_engine_draws(architecture_folder, architecture: str) -> None:
     """With fewer rows than completions, so that prompts are taken in beside rows of any age."""
     policy = policy_of(architecture_folder(architecture))
-    reference, native = ready(ReferenceEngine(), policy), NativeEngine(max_rows=5)
+    reference = ready(ReferenceEngine(), policy)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ready(native, policy)
-    assert (native.fallback is not None) == (architecture in FALLING_BACK)
+        engine = native(policy)
+    assert (engine.fallback is not None) == (architecture in FALLING_BACK)
     lengths = set()
     for seed, temperature in enumerate((0.7, 1.0, 1.5)):
         params = sampling(temperature=temperature)
         expected = reference.generate(PROMPTS, params, keys(seed=seed))
-        actual = native.generate(PROMPTS, params, keys(seed=seed))
+        actual = engine.generate(PROMPTS, params, keys(seed=seed))
         assert outcome(actual) == outcome(expected)
         for a, b in zip(actual, expected, strict=True):
             assert a.log_probs == pytest.approx(b.log_probs, abs=1e-4)
@@ -100,7 +107,7 @@ def test_nothing_counts_positions_past_the_networks_last(architecture_folder, ar
     assert policy.context_length == 128
     prompts = [[i % VOCABULARY for i in range(n)] for n in (120, 1, 120, 2, 120, 3, 5, 8)]
     expected = drawn(ready(ReferenceEngine(), policy), prompts, max_new_tokens=8, stop_token_ids=[])
-    engine = ready(NativeEngine(max_rows=3), policy)
+    engine = native(policy, 3)
     assert drawn(engine, prompts, max_new_tokens=8, stop_token_ids=[]) == expected
     short = [[5, 6, 7]] * 7  # 3 rounds of 60 steps
     expected = drawn(ready(ReferenceEngine(), policy), short, max_new_tokens=60, stop_token_ids=[])
@@ -112,34 +119,33 @@ def test_a_long_prompt_beside_older_short_ones(architecture_folder) -> None:
     policy = policy_of(architecture_folder("llama"))
     prompts = [[9, i] for i in range(8)] + [[i] * 2 if i % 3 else [i] * 30 for i in range(100, 148)]
     expected = drawn(ready(ReferenceEngine(), policy), prompts, stop_token_ids=list(range(0, VOCABULARY, 3)))
-    assert drawn(ready(NativeEngine(8), policy), prompts, stop_token_ids=list(range(0, VOCABULARY, 3))) == expected
+    assert drawn(native(policy, 8), prompts, stop_token_ids=list(range(0, VOCABULARY, 3))) == expected
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+
+
+def frequencies(network: Any) -> torch.Tensor:
+    return network.base_model.rotary_emb.inv_freq
 
 
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("llama", {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
-        (
-            "phi3",
-            {
-                "max_position_embeddings": 64,
-                "rope_parameters": {
-                    "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
-                    "original_max_position_embeddings": 16,
-                },
-            },
-        ),
+        ("llama", {"max_position_embeddings": 16, "rope_parameters": DYNAMIC}),
+        ("phi3", {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE}),
     ],
-)  # fmt: skip
+)
 def test_frequencies_that_follow_the_length_stay_out_of_the_policy(tmp_path: Path, name: str, overrides: dict) -> None:
-    overrides["rope_parameters"]["rope_theta"] = 10000.0
+    """One replaces its table, the other writes into it."""
     policy = policy_of(write_architecture(name, tmp_path, **overrides))
-    rotary = policy.decode_network().base_model.rotary_emb
-    engine = ready(NativeEngine(), policy)
-    before = rotary.inv_freq.clone()
+    engine = native(policy)
+    before = frequencies(policy.decode_network()).clone()
     drawn(engine, [list(range(30))], stop_token_ids=[])
-    assert torch.equal(rotary.inv_freq, before)
-    assert not rotary.inv_freq.is_inference()
+    assert not torch.equal(frequencies(engine.network), before)
+    assert torch.equal(frequencies(policy.decode_network()), before)
+    assert not frequencies(policy.decode_network()).is_inference()
 
 
 # --- precision and adapters -------------------------------------------------------------------------------------------
@@ -151,7 +157,7 @@ def test_frequencies_that_follow_the_length_stay_out_of_the_policy(tmp_path: Pat
 def test_log_probs_are_the_trainers_up_to_rounding(tiny_model: Path, dtype, lora: LoraConfig | None) -> None:
     policy = policy_of(tiny_model, compute_dtype=dtype, lora=lora)
     scramble(policy)
-    engine = ready(NativeEngine(max_rows=6), policy)
+    engine = native(policy)
     assert engine.fallback is None
     completions = engine.generate(PROMPTS, sampling(temperature=0.8), keys())
     sequences = pad_sequences(PROMPTS, [c.token_ids for c in completions])
@@ -172,10 +178,10 @@ def test_log_probs_are_the_trainers_up_to_rounding(tiny_model: Path, dtype, lora
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_are_sampled_with_as_of_the_last_sync(tiny_model: Path, policy: Policy, dtype) -> None:
     adapted = policy_of(tiny_model, compute_dtype=dtype, lora=LoraConfig(r=4, alpha=8))
-    engine = ready(NativeEngine(max_rows=5), adapted)
+    engine = native(adapted)
     untrained = drawn(engine)
     if dtype == "float32":
-        assert untrained == drawn(ready(NativeEngine(5), policy)), "fresh adapters add nothing"
+        assert untrained == drawn(native(policy)), "fresh adapters add nothing"
     made = [untrained]
     for seed in range(2):
         scramble(adapted, seed)
@@ -264,7 +270,7 @@ def test_one_engine_serves_two_policies_in_turn(tiny_model: Path, architecture_f
 
 
 def test_all_stop_at_their_first_token(policy: Policy) -> None:
-    engine, calls = ready(NativeEngine(max_rows=3), policy), []
+    engine, calls = native(policy, 3), []
     completions = engine.generate(PROMPTS, sampling(stop_token_ids=list(range(VOCABULARY))), keys(), calls.append)
     assert {len(c.token_ids) for c in completions} == {1}
     assert sum(calls) == len(PROMPTS)
@@ -273,20 +279,20 @@ def test_all_stop_at_their_first_token(policy: Policy) -> None:
 
 
 def test_stop_strings_while_rows_come_and_go(policy: Policy) -> None:
-    reference, native = ready(ReferenceEngine(), policy), ready(NativeEngine(max_rows=3), policy)
+    reference, engine = ready(ReferenceEngine(), policy), native(policy, 3)
     tokenizer = load_tokenizer(policy.config)
     free = drawn(reference, stop_token_ids=[])
     strings = [tokenizer.decode(row[i : i + 2]) for (row, _), i in zip(free[:3], (2, 5, 9), strict=True)]
     arguments = {"stop_token_ids": [], "stop_strings": [s for s in strings if "\ufffd" not in s]}
     assert arguments["stop_strings"]
     expected = drawn(reference, **arguments)
-    assert drawn(native, **arguments) == expected
+    assert drawn(engine, **arguments) == expected
     assert {reason for _, reason in expected} == {"stop", "length"}
 
 
 @pytest.mark.parametrize("call", [0, 3, 11])
 def test_what_tick_raises_in_the_middle_leaves_nothing_behind(policy: Policy, call: int) -> None:
-    engine, calls = ready(NativeEngine(max_rows=3), policy), []
+    engine, calls = native(policy, 3), []
     expected = drawn(engine)
 
     def interrupt(finished: int) -> None:
@@ -302,7 +308,7 @@ def test_what_tick_raises_in_the_middle_leaves_nothing_behind(policy: Policy, ca
 
 def test_weights_that_become_nan_later_are_an_error(tiny_model: Path) -> None:
     policy = policy_of(tiny_model)
-    engine = ready(NativeEngine(), policy)
+    engine = native(policy)
     drawn(engine)
     with torch.no_grad():
         policy.trainable()[1][1].fill_(float("nan"))

@@ -194,20 +194,20 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_captures_outlive_calls_and_syncs_and_follow_the_weights(tiny_model: Path) -> None:
     policy, tape = policy_of(tiny_model), Tape()
     engine, reference = ready(engine_with(tape), policy), ready(ReferenceEngine(), policy)
-    first = drawn(engine)
-    assert drawn(engine) == first
+    first = drawn(engine, stops=[])  # nothing stops, so that all calls compute the same shapes
+    assert drawn(engine, stops=[]) == first
     steps, resets = tape.steps, tape.resets
     saved = {k: v.clone() for k, v in policy.state_dict().items()}
     with torch.no_grad():
         for _, p in policy.trainable():
             p.mul_(1.3)
     engine.sync(policy)
-    changed = drawn(engine, n=3)
-    assert changed == drawn(reference, n=3)
-    assert changed != [(tokens[:3], reason) for tokens, reason in first]
+    changed = drawn(engine, stops=[])
+    assert changed != first
+    assert changed == drawn(reference, stops=[])
     policy.load_state_dict(saved)
     engine.sync(policy)
-    assert drawn(engine) == first
+    assert drawn(engine, stops=[]) == first
     assert (tape.steps, tape.resets) == (steps, resets)
 
 
@@ -249,13 +249,14 @@ def test_buffers_are_brought_up_to_date(tiny_model: Path) -> None:
     """The engine's view copies them, so those that were captured are not the policy's."""
     policy, tape = policy_of(tiny_model), Tape()
     engine = ready(engine_with(tape), policy)
-    before = drawn(engine)
+    before = drawn(engine, stops=[])
+    drawn(engine, stops=[])
     steps = tape.steps
     policy.decode_network().base_model.rotary_emb.inv_freq.mul_(3)
     engine.sync(policy)
-    after = drawn(engine)
+    after = drawn(engine, stops=[])
     assert after != before
-    assert after == drawn(ready(ReferenceEngine(), policy))
+    assert after == drawn(ready(ReferenceEngine(), policy), stops=[])
     assert tape.steps == steps
 
 
