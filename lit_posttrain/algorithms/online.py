@@ -65,7 +65,7 @@ class OnlineModule(SamplingModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = 4096,
+        token_budget: int = 2048,
         log_samples_every: int = 5,
     ):
         super().__init__(
@@ -159,6 +159,7 @@ class OnlineModule(SamplingModule):
                 self.engine, batch.prompts, self.group_size, self.sampling,
                 randomness.run_seed(), "rollout", iteration, self._tick,
             )  # fmt: skip
+            self.engine.rest()
         with self._phase("reward", 1):
             samples = to_samples(self.tokenizer, batch.prompts, completions, self._stop_ids())
             for function in self.rewards:

@@ -122,6 +122,7 @@ class SamplingModule(PostTrainModule):
             self.poll()
 
     def _finish_evaluation(self, prefix: str) -> None:
+        self.engine.rest()
         if self.trainer.sanity_checking:
             return
         step = self.step_of_weights()

@@ -3,6 +3,7 @@
 The only place where tokens are shifted by one: result position *i* scores token *i + 1*.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +11,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_posttrain.functional.products import pack, packed_product, packs
+
 # Logits that exist at one time. The products gain from many positions at once, and the fp32 sum of the weight's
 # gradient is touched once a chunk.
 CHUNK_ELEMENTS = 2**25
-# On a CPU the softmax goes over fewer at a time, so that its passes find them in the cache.
+# On a CPU the product that makes them is fastest for some hundred positions at a time,
+CPU_PRODUCT_ELEMENTS = 2**23
+# and the passes of the softmax where the cache holds what they read.
 CPU_CACHE_ELEMENTS = 2**20
+# From this many positions on, a product is worth the time it takes to reorder the weight.
+PACKED_FROM = 256
 
 
 class TokenLogProbs(NamedTuple):
@@ -59,6 +66,17 @@ class _Head(NamedTuple):
             grad *= self.scale
 
 
+class _Product:
+    """h W^T, the weight reordered first where enough positions follow."""
+
+    def __init__(self, weight: Float[Tensor, "v d"], positions: int):
+        self.weight = weight
+        self.packed = pack(weight) if positions >= PACKED_FROM and packs(weight) else None
+
+    def __call__(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        return states @ self.weight.T if self.packed is None else packed_product(states, self.packed)
+
+
 class _ChunkedLogProbs(torch.autograd.Function):
     """log softmax(logits)[target]; backward makes each chunk's logits again instead of keeping them."""
 
@@ -75,23 +93,20 @@ class _ChunkedLogProbs(torch.autograd.Function):
         chunk: int,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        compute_weight = weight.to(states.dtype)
+        product = _Product(weight.to(states.dtype), len(states))
         dtype = _accumulation_dtype(states.dtype)
         log_probs, normaliser = (torch.empty(len(states), dtype=dtype, device=states.device) for _ in range(2))
         entropy = torch.zeros(len(states) if with_entropy else 0, dtype=dtype, device=states.device)
-        for chunk_part in _parts(0, len(states), chunk):
-            product = states[chunk_part] @ compute_weight.T
-            for part, inner in _inner(chunk_part, product):
-                logits = head.logits(product[inner], bias)
-                at_target = logits.gather(1, targets[part, None])[:, 0]
-                peak = logits.amax(-1)
-                shifted = logits.sub_(peak[:, None])
-                mass = shifted.exp()
-                total = mass.sum(-1)
-                normaliser[part] = total.log().add_(peak)
-                log_probs[part] = at_target - normaliser[part]
-                if with_entropy:  # log Z - E[logit]
-                    entropy[part] = total.log() - mass.mul_(shifted).sum(-1) / total
+        for part, logits in _logits(head, product, states, bias, slice(0, len(states)), chunk):
+            at_target = logits.gather(1, targets[part, None])[:, 0]
+            peak = logits.amax(-1)
+            shifted = logits.sub_(peak[:, None])
+            mass = shifted.exp()
+            total = mass.sum(-1)
+            normaliser[part] = total.log().add_(peak)
+            log_probs[part] = at_target - normaliser[part]
+            if with_entropy:  # log Z - E[logit]
+                entropy[part] = total.log() - mass.mul_(shifted).sum(-1) / total
         ctx.save_for_backward(states, weight, bias, targets, normaliser)
         ctx.head, ctx.chunk = head, chunk
         ctx.mark_non_differentiable(entropy)
@@ -107,26 +122,29 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad = grad_outputs[0]
         states, weight, bias, targets, normaliser = ctx.saved_tensors
         head, dtype = ctx.head, normaliser.dtype
-        compute_weight = weight.to(states.dtype)
+        product = _Product(weight.to(states.dtype), len(states))
         for_states, for_weight, for_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if for_states else None
         # fp32 over the chunks: bf16 would lose what every further chunk adds.
         d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if for_weight else None
         d_bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if for_bias else None
-        for chunk_part in _parts(0, len(states), ctx.chunk):
-            product = states[chunk_part] @ compute_weight.T
-            for part, inner in _inner(chunk_part, product):
-                logits = head.logits(product[inner], bias)
+        for chunk in _parts(0, len(states), ctx.chunk):
+            d_product = states.new_empty(chunk.stop - chunk.start, len(weight))
+            for part, logits in _logits(head, product, states, bias, chunk, ctx.chunk):
                 d_logits = logits.sub(normaliser[part, None]).exp_().mul_(-grad[part, None])  # g (1[target] - softmax)
                 d_logits.scatter_add_(1, targets[part, None], grad[part, None])
                 head.chain_(d_logits, logits)
                 if d_bias is not None:
                     d_bias += d_logits.sum(0)
-                product[inner] = d_logits  # its logits are used up
+                d_product[part.start - chunk.start : part.stop - chunk.start] = d_logits
             if d_states is not None:
-                torch.mm(product, compute_weight, out=d_states[chunk_part])
+                torch.mm(d_product, product.weight, out=d_states[chunk])
             if d_weight is not None:
-                d_weight += product.T @ states[chunk_part]
+                # In place where the precisions are equal: the sum then costs no pass of its own.
+                if d_weight.dtype == states.dtype:
+                    torch.addmm(d_weight, d_product.T, states[chunk], out=d_weight)
+                else:
+                    d_weight += d_product.T @ states[chunk]
         return (
             d_states,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -191,14 +209,20 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _logits(
+    head: _Head, product: _Product, states: Tensor, bias: Tensor | None, among: slice, chunk: int
+) -> Iterator[tuple[slice, Float[Tensor, "n v"]]]:
+    """The logits of positions ``among``, as many at a time as is fastest, and never more than ``chunk``."""
+    at_once = in_cache = chunk
+    if states.device.type == "cpu":
+        vocabulary = len(product.weight)
+        at_once = min(chunk, max(1, CPU_PRODUCT_ELEMENTS // vocabulary))
+        in_cache = min(chunk, max(1, CPU_CACHE_ELEMENTS // vocabulary))
+    for outer in _parts(among.start, among.stop, at_once):
+        together = product(states[outer])
+        for part in _parts(outer.start, outer.stop, in_cache):
+            yield part, head.logits(together[part.start - outer.start : part.stop - outer.start], bias)
+
+
 def _parts(start: int, stop: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
-
-
-def _inner(chunk: slice, product: Float[Tensor, "n v"]) -> list[tuple[slice, slice]]:
-    """The chunk in pieces that fit the cache: each among all positions, and among the chunk's."""
-    step = len(product)
-    if product.device.type == "cpu":
-        step = max(1, CPU_CACHE_ELEMENTS // product.shape[1])
-    pieces = _parts(chunk.start, chunk.stop, step)
-    return [(p, slice(p.start - chunk.start, p.stop - chunk.start)) for p in pieces]

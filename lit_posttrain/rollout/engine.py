@@ -69,6 +69,10 @@ class RolloutEngine(ABC):
     def bind(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give the engine the tokenizer, which it needs for stop strings alone."""
 
+    def rest(self) -> None:
+        """Free memory that only generating needs; ``sync`` comes before the next ``generate``."""
+        return None
+
     def close(self) -> None:
         """Release what the engine holds."""
         return None

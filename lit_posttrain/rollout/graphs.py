@@ -185,10 +185,9 @@ class GraphDecoder:
         static_ids, logits = self.ids[:, :rows].copy_(ids), self.logits[:rows]
 
         def step() -> None:
-            cache.masks.clear()
+            cache.masks.clear()  # made outside of what is captured, they would never change again
             # Into one buffer: otherwise each graph would keep an output of its own, rows times vocabulary.
             logits.copy_(forward(static_ids, positions, cache, 0))
-            cache.masks.clear()
 
         try:
             self.replays[rows, cache.width] = self.capture(step)

@@ -9,9 +9,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_posttrain.functional.products import pack, packed_product, packs
+
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
-# oneDNN chooses the layout for this many rows; other numbers work too.
-PACKED_FOR_ROWS = 64
 
 
 class PackedLinear(nn.Module):
@@ -25,21 +25,12 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         # Opaque to everything but the op below; neither parameter nor buffer.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PACKED_FOR_ROWS)
+        self.weight = pack(weight)
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + b``."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def packs(weight: Tensor) -> bool:
-    """Whether this machine multiplies by a prepacked ``weight``."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32
+        return packed_product(x, self.weight, self.bias)
 
 
 @torch.no_grad()
@@ -104,4 +95,4 @@ def _packed(module: nn.Module) -> nn.Module | None:
     if not packs(weight):
         return None
     # GPT-2 keeps its linears transposed.
-    return PackedLinear(weight.t().contiguous() if kind is Conv1D else weight, bias)  # pyright: ignore[reportArgumentType]
+    return PackedLinear(weight.t() if kind is Conv1D else weight, bias)  # pyright: ignore[reportArgumentType]

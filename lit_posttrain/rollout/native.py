@@ -95,6 +95,11 @@ class NativeEngine(RolloutEngine):
                 stacklevel=2,
             )
 
+    def rest(self) -> None:
+        """Drop the packed copy of the weights; on an accelerator nothing is a copy, and graphs are worth keeping."""
+        if self.policy is not None and self.policy.device.type == "cpu":
+            self._release()
+
     def close(self) -> None:
         """Release weights, cache and graphs; ``sync`` makes new ones."""
         self.policy = self.fallback = None

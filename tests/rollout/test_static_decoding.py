@@ -179,6 +179,20 @@ def test_what_tick_raises_leaves_nothing_behind(tiny_model: Path) -> None:
     assert drawn(engine) == expected
 
 
+def test_rows_that_only_fill_the_batch_up_stand_at_its_beginning() -> None:
+    """Where a finished row ended there may be no column left to write to."""
+    like = {0: (torch.zeros(2, 7, 4), torch.zeros(2, 7, 4))}
+    cache = static.StaticKVCache(like)
+    cache.restart(4, 7, 16, 1e6)
+    cache.put(slice(0, 3), like, slice(0, 7))
+    positions = cache.begin(3, 4)
+    assert positions.tolist() == [7, 7, 7, 0]
+    cache.finish()
+    cache.move(torch.tensor([2]), torch.tensor([0]))
+    assert cache.begin(2, 4).tolist() == [8, 8, 0, 0]
+    assert (cache.columns, cache.width, cache.version) == (16, 16, 2)
+
+
 # --- what is captured, and for how long -------------------------------------------------------------------------------
 
 

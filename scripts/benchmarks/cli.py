@@ -1,0 +1,177 @@
+"""Command line, merging of results, error messages."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import grpo, limits, rollout, scale, train
+from .models import CONFIGS
+from .rows import say
+from .settings import Bench
+from .workers import BenchError, environment, run_once
+
+SECTIONS: dict[str, tuple[Callable[[Bench], dict[str, Any]], str]] = {
+    "limits": (limits.run, "what this machine would allow"),
+    "rollout": (rollout.run, "tokens a second of the rollout engine, beside Hugging Face's generate"),
+    "grpo": (grpo.run, "whole GRPO iterations, beside TRL with --peer trl"),
+    "train": (train.run, "forward and backward over ragged sequences, beside padded HF with --peer trl"),
+    "scale": (scale.run, "time against prompt length, group size, completion length and processes"),
+}
+ALL = ("limits", "rollout", "grpo", "train")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All options; every section takes all of them, so that one line can be repeated with another section."""
+    cli = argparse.ArgumentParser(
+        prog="bench.py",
+        description="This machine's limits, and lit_posttrain beside Hugging Face and TRL, interleaved.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    what = "; ".join(f"{name}: {text}" for name, (_, text) in SECTIONS.items())
+    cli.add_argument("section", choices=[*SECTIONS, "all"], help=f"{what}; all: {', '.join(ALL)}")
+    cli.add_argument("--model", metavar="DIR", help="folder of a HF causal LM")
+    cli.add_argument("--random_init", metavar="CONFIG", help=f"random weights instead: {', '.join(CONFIGS)}")
+    cli.add_argument("--peer", choices=["trl"], help="also measure this library (grpo, train)")
+    cli.add_argument("--peer_python", metavar="PATH", help="Python that has the peers; ours by default")
+    cli.add_argument("--json", type=Path, metavar="FILE", help="write results here; other sections in it are kept")
+    cli.add_argument("--prompts", type=positive, default=8, help="prompts of one iteration")
+    cli.add_argument("--samples", type=positive, default=8, help="completions of each prompt")
+    cli.add_argument("--prompt_tokens", type=positive, default=60, help="longest random prompt")
+    cli.add_argument("--new_tokens", type=positive, default=128, help="most tokens of a completion")
+    cli.add_argument("--repeats", type=positive, default=5, help="measurements of each contender")
+    cli.add_argument("--threads", type=positive, default=available_cores(), help="threads of each worker")
+    cli.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="compute precision")
+    cli.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute")
+    cli.add_argument("--seed", type=int, default=0, help="of prompts, weights and samples")
+    cli.add_argument("--engine", choices=["native", "reference"], default="native", help="our rollout engine")
+    cli.add_argument(
+        "--allocator", choices=["mallopt", "default", "tcmalloc"], default="mallopt", help="of all workers alike"
+    )
+    cli.add_argument(
+        "--micro_batches", type=positives, default=[8, 16, 32], help="sizes that the peer may choose from, by commas"
+    )
+    cli.add_argument(
+        "--variants", type=variants, default=list(grpo.VARIANTS), help="grpo: which comparisons, by commas"
+    )
+    cli.add_argument(
+        "--token_budget", type=positive, help="tokens of our micro-batches; the product's default if unset"
+    )
+    cli.add_argument("--scale_tokens", type=positive, default=4096, help="scale: tokens of an iteration, about")
+    cli.add_argument("--quick", action="store_true", help="scale: short axes; limits: a small copy")
+    return cli
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
+    return value
+
+
+def positives(text: str) -> list[int]:
+    """Integers of at least 1, separated by commas."""
+    return [positive(part) for part in text.split(",")]
+
+
+def variants(text: str) -> list[str]:
+    """Names of ``grpo.VARIANTS``, separated by commas."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in grpo.VARIANTS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: no such comparison; there are {', '.join(grpo.VARIANTS)}")
+    return names
+
+
+def check(args: argparse.Namespace) -> None:
+    """What no type can say.
+
+    Raises:
+        BenchError: The arguments contradict each other or name what is not there.
+    """
+    if (args.model is None) == (args.random_init is None):
+        raise BenchError("give either --model DIR or --random_init CONFIG")
+    if args.random_init is not None and args.random_init not in CONFIGS:
+        raise BenchError(f"--random_init {args.random_init}: no such configuration; there are {', '.join(CONFIGS)}")
+    if args.model is not None and not (Path(args.model) / "config.json").is_file():
+        raise BenchError(f"--model {args.model}: no config.json there")
+    if args.peer_python is not None and not Path(args.peer_python).exists():
+        raise BenchError(f"--peer_python {args.peer_python}: no such file")
+    if args.samples < 2:
+        raise BenchError("--samples: a group has at least 2")
+
+
+def previous(path: Path | None) -> dict[str, Any]:
+    """What FILE holds already.
+
+    Raises:
+        BenchError: It is something else.
+    """
+    if path is None or not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise BenchError(f"--json {path}: is there and holds no JSON ({error}); name another file") from error
+    if not isinstance(found, dict):
+        raise BenchError(f"--json {path}: is there and holds no results; name another file")
+    return found
+
+
+def merge(path: Path | None, results: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """The results with what they were measured on.
+
+    Raises:
+        BenchError: FILE is from another machine.
+    """
+    before = results.get("machine")
+    if before is not None and any(before[k] != machine[k] for k in ("cpu", "gpu", "device")):
+        raise BenchError(f"--json {path}: holds results of another machine ({before['cpu']}, {before['device']})")
+    versions = {**(before or {}).get("versions", {}), **machine["versions"]}
+    return {**results, "machine": {**machine, "versions": versions}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the section; the exit status."""
+    args = parser().parse_args(argv)
+    try:
+        check(args)
+        run(args)
+    except BenchError as error:
+        print(f"bench.py: {error}", flush=True, file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prepare once, then each section; results are written after each."""
+    results, env = previous(args.json), environment(args.threads, args.allocator)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        model = args.model or str(Path(folder) / "model")
+        setup = {k: getattr(args, k) for k in ("random_init", "device", "dtype", "seed", "prompts", "prompt_tokens")}
+        found = run_once("prepare", {**setup, "model": model}, env)
+        if "error" in found:
+            raise BenchError(found["error"])
+        bench = Bench(args, model, folder, env, found, results)
+        machine = found["machine"] | {"threads": args.threads, "allocator": args.allocator}
+        found["machine"] = machine
+        bench.results = merge(args.json, results, machine)
+        say(f"{machine['gpu'] or machine['cpu']}, {args.threads} threads, {machine['dtype']}, {machine['versions']}")
+        for section in ALL if args.section == "all" else [args.section]:
+            bench.results[section] = {**SECTIONS[section][0](bench), "settings": bench.described()}
+            bench.results = merge(args.json, bench.results, found["machine"])
+            if args.json is not None:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(bench.results, indent=2) + "\n")
+    say("\n" + json.dumps(bench.results, indent=2))
