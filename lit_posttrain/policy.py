@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,8 +171,15 @@ class Policy(nn.Module):
             return scoring.log_probs(network, sequences, mask, temperature, packed=packed, with_entropy=with_entropy)
 
     def packs(self, longest: int) -> bool:
-        """Whether sequences of up to so many tokens go through the network in packed rows."""
-        return self.shares_prompts and (self.window is None or longest <= self.window)
+        """Whether sequences of up to so many tokens go through the network in packed rows; says so where not."""
+        if not self.shares_prompts or self.window is None or longest <= self.window:
+            return self.shares_prompts
+        warnings.warn(
+            f"{type(_causal_lm(self.model)).__name__} has a sliding window of {self.window} tokens: rows with a longer "
+            "sequence are padded instead of packed, which is slower",
+            stacklevel=2,
+        )
+        return False
 
     def next_logits(
         self,

@@ -122,6 +122,35 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     return capped.softmax(-1).to(value.dtype) @ value
 
 
+def attention_by_products(
+    query: Float[Tensor, "b h r d"],
+    key: Float[Tensor, "b h s d"],
+    value: Float[Tensor, "b h s e"],
+    mask: Float[Tensor, "b 1 1 s"] | None,
+    scale: float | None,
+) -> Float[Tensor, "b h r e"]:
+    """Attention as two batched products around a softmax in fp32: for a few queries a head."""
+    (b, h, r, d), s = query.shape, key.shape[2]
+    scaled = (query * (d**-0.5 if scale is None else scale)).reshape(b * h, r, d)
+    # Keys times queries: the other way round, rows of one or three would keep the product from being fast.
+    raw = torch.bmm(key.flatten(0, 1), scaled.transpose(1, 2))
+    scores = torch.empty(b * h, r, s, device=query.device).copy_(raw.transpose(1, 2))
+    if mask is not None:
+        scores.view(b, h * r, s).add_(mask[:, 0])
+    return torch.bmm(scores.softmax(-1).to(value.dtype), value.flatten(0, 1)).view(b, h, r, -1)
+
+
+def products_are_faster(x: Tensor) -> bool:
+    """Whether bf16 decoding attends by products: a tenth faster a step where a CPU has AVX512-BF16 but no AMX."""
+    capable = torch.cpu.get_capabilities()
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and bool(capable.get("avx512_bf16"))
+        and not capable.get("amx_bf16")
+    )
+
+
 class KVCache(Layout):
     """Keys and values of the rows being decoded; ``attend`` serves one step of the first of them.
 
@@ -145,6 +174,7 @@ class KVCache(Layout):
         self.starts = torch.zeros(rows, dtype=torch.long, device=device)
         self.lowest = 0
         self.mask: Tensor | None = None
+        self.by_products = products_are_faster(next(iter(like.values()))[0])
 
     def put(self, rows: slice, layers: dict[int, tuple[Tensor, Tensor]], span: slice) -> None:
         """Give rows a prompt: its keys and values stand before the present column."""
@@ -197,7 +227,11 @@ class KVCache(Layout):
         low = self.lowest if scores.window is None else max(self.lowest, self.end + 1 - scores.window)
         seen = slice(low, self.end + 1)
         mask = None if self.mask is None else self.mask[..., low - self.lowest :]
-        out = attention(grouped, keys[:live, :, seen], values[:live, :, seen], mask, scores)
+        keys, values = keys[:live, :, seen], values[:live, :, seen]
+        if self.by_products and scores.softcap is None:
+            out = attention_by_products(grouped, keys, values, mask, scores.scale)
+        else:
+            out = attention(grouped, keys, values, mask, scores)
         return out.reshape(1, live, heads, out.shape[-1])
 
     def _make_room(self, rows: int) -> None:

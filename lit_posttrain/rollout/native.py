@@ -140,7 +140,7 @@ class NativeEngine(RolloutEngine):
         prompts = [[i % size for i in ids] for ids in ((5, 6, 7), (5, 6, 7), (8, 9))]
         keys = [SamplingKey(0, "rollout self-test", 0, 0, i) for i in range(3)]
         try:
-            drawn = self.generate(prompts, SamplingParams(max_new_tokens=4, stop_token_ids=[]), keys)
+            drawn = self.generate(prompts, SamplingParams(max_new_tokens=3, stop_token_ids=[]), keys)
         except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
             return str(error)
         sequences = pad_sequences(prompts, [c.token_ids for c in drawn])

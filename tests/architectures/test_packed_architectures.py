@@ -1,5 +1,6 @@
 """Training in packed rows on every architecture: the same as in padded rows, or a warning and padded rows."""
 
+import re
 import warnings
 from pathlib import Path
 
@@ -30,6 +31,19 @@ def groups(longest: int) -> Sequences:
     return pad_sequences(prompts, [torch.randint(0, 258, (n,), generator=generator).tolist() for n in lengths])
 
 
+def test_the_readme_says_which_are_native_and_which_packed() -> None:
+    """Rows ``| `model_type` | yes | yes |``; what runs and what is written must be the same list."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    written = {
+        m[1]: (m[2].strip(), m[3].strip()) for m in re.finditer(r"^\| `(\w+)` \|([^|]*)\|([^|]*)\|$", readme, re.M)
+    }
+    windowed = {name for name, config in ARCHITECTURES.items() if "sliding_window" in config}
+    for name in ARCHITECTURES:
+        packed = "padded" if name in PADDED else "up to the window" if name in windowed else "yes"
+        assert written.pop(name) == ("yes", packed), name
+    assert not written
+
+
 def trained(policy: Policy, sequences: Sequences) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     policy.zero_grad()
     mask = sequences.completion_mask()
@@ -49,8 +63,13 @@ def test_packed_rows_train_as_padded_ones_or_are_given_up_aloud(
         assert any(type(policy.model).__name__ in text for text in said)
     else:
         assert not said
-    sequences, packs = groups(longest), policy.packs(longest)
-    assert packs == (policy.shares_prompts and (policy.window is None or longest <= policy.window))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sequences, packs = groups(longest), policy.packs(longest)
+    too_long = policy.shares_prompts and policy.window is not None and longest > policy.window
+    assert packs == (policy.shares_prompts and not too_long)
+    named = [type(policy.model).__name__ in str(w.message) and "sliding window" in str(w.message) for w in caught]
+    assert named == [True] * too_long
     log_probs, gradients = trained(policy, sequences)
     policy.shares_prompts = False
     expected, expected_gradients = trained(policy, sequences)

@@ -123,3 +123,34 @@ def test_bytes_are_those_of_the_tensors() -> None:
     cache = KVCache(3, 5, 7, 7, like)
     held = sum(x.numel() * x.element_size() for pair in cache.layers.values() for x in pair)
     assert held == 3 * 7 * kv_cache.bytes_per_column(like)
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(1, 1), (2, 3), (4, 1)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_by_products_is_attention(heads: int, queries: int, scale: float | None, masked: bool) -> None:
+    """Against the formula in float64, over slices of a longer cache, as decoding reads them."""
+    g = torch.Generator().manual_seed(3)
+    q = torch.randn(5, heads, queries, 8, generator=g)
+    k, v = (torch.randn(5, heads, 20, width, generator=g)[:, :, 4:17] for width in (8, 6))
+    mask = torch.zeros(5, 1, 1, 13)
+    if masked:
+        mask[2, ..., :7] = mask[4, ..., :12] = -torch.inf
+    raw = q.double() @ k.double().transpose(-1, -2) * (8**-0.5 if scale is None else scale) + mask
+    expected = raw.softmax(-1) @ v.double()
+    given = kv_cache.attention_by_products(q, k, v, mask if masked else None, scale)
+    torch.testing.assert_close(given.double(), expected, atol=1e-6, rtol=1e-5)
+    low = kv_cache.attention_by_products(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask.bfloat16(), scale)
+    torch.testing.assert_close(low.double(), expected, atol=0.05, rtol=0.05)
+
+
+def test_products_replace_flash_where_they_were_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    low, full = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
+    for found, expected in (
+        ({"avx512_bf16": True}, True),
+        ({"avx512_bf16": True, "amx_bf16": True}, False),
+        ({}, False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert kv_cache.products_are_faster(low) == expected
+        assert not kv_cache.products_are_faster(full)
