@@ -45,15 +45,25 @@ def inference_view(network: PreTrainedModel, attention: str, *, own: bool) -> Pr
         attention: Name of a registered attention function.
         own: Copy what is not packed too, because the parameters will not stay where they are.
     """
-    configs: dict[int, Any] = {}
-    modules: dict[int, nn.Module] = {}
+    result = _Copy(attention, own).of(network)
+    assert isinstance(result, PreTrainedModel)
+    return result
 
-    def view(module: nn.Module) -> nn.Module:
-        if id(module) not in modules:
-            modules[id(module)] = _packed(module) or copied(module)
-        return modules[id(module)]
 
-    def copied(module: nn.Module) -> nn.Module:
+class _Copy:
+    """One copy of each module. A class: closures that call each other would keep the weights until the next sweep."""
+
+    def __init__(self, attention: str, own: bool):
+        self.attention, self.own = attention, own
+        self.configs: dict[int, Any] = {}
+        self.modules: dict[int, nn.Module] = {}
+
+    def of(self, module: nn.Module) -> nn.Module:
+        if id(module) not in self.modules:
+            self.modules[id(module)] = _packed(module) or self._copied(module)
+        return self.modules[id(module)]
+
+    def _copied(self, module: nn.Module) -> nn.Module:
         # Not copy.copy: a sharded module's class would run its constructor again.
         kind = type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
         new = object.__new__(kind)
@@ -64,25 +74,21 @@ def inference_view(network: PreTrainedModel, attention: str, *, own: bool) -> Pr
         new.__dict__.pop("forward", None)  # compiled for training, and bound to the original
         # Some rotary embeddings change their frequencies as sequences grow; the network's own must stay.
         new.__dict__["_buffers"] = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
-        new.__dict__["_modules"] = {name: m and view(m) for name, m in module._modules.items()}
-        if own:
+        new.__dict__["_modules"] = {name: m and self.of(m) for name, m in module._modules.items()}
+        if self.own:
             new.__dict__["_parameters"] = {
                 name: None if p is None else nn.Parameter(p.detach().clone(), requires_grad=False)
                 for name, p in module._parameters.items()
             }
         if "config" in vars(module):
-            new.__dict__["config"] = switched(module.config)
+            new.__dict__["config"] = self._switched(module.config)
         return new
 
-    def switched(config: Any) -> Any:
-        if id(config) not in configs:
-            configs[id(config)] = copy.deepcopy(config)
-            configs[id(config)]._attn_implementation = attention
-        return configs[id(config)]
-
-    result = view(network)
-    assert isinstance(result, PreTrainedModel)
-    return result
+    def _switched(self, config: Any) -> Any:
+        if id(config) not in self.configs:
+            self.configs[id(config)] = copy.deepcopy(config)
+            self.configs[id(config)]._attn_implementation = self.attention
+        return self.configs[id(config)]
 
 
 def _packed(module: nn.Module) -> nn.Module | None:
