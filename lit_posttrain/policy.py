@@ -49,8 +49,8 @@ class PolicyConfig:
             ``auto`` is bfloat16 where the hardware multiplies it and float32 elsewhere.
         lora: Train low-rank adapters instead of all weights.
         gradient_checkpointing: Recompute each block's activations in backward: less memory, about a fifth slower.
-        compile_layers: Compile each decoder layer for scoring and training (``torch.compile``): the first steps take
-            minutes; whether later ones are faster depends on the machine, so measure. On a CPU it needs a C++ compiler.
+        compile_layers: Compile each decoder layer for scoring and training (``torch.compile``): the first step then
+            takes longer; whether later ones are faster depends on the machine. On a CPU it needs a C++ compiler.
         revision: Commit, branch or tag of a hub model.
     """
 

@@ -158,5 +158,4 @@ class SamplingModule(PostTrainModule):
         self._tick_evaluation(finished)
 
     def _stop_ids(self) -> list[int]:
-        given = self.sampling.stop_token_ids
-        return self.built_policy().stop_token_ids if given is None else given
+        return self.sampling.stop_ids(self.built_policy().stop_token_ids)

@@ -38,6 +38,10 @@ class SamplingParams:
         if any(not s for s in self.stop_strings):
             raise ValueError("sampling.stop_strings: an empty string would stop every completion at once; remove it")
 
+    def stop_ids(self, of_model: list[int]) -> list[int]:
+        """Ids that end a completion: those given here, else ``of_model``."""
+        return of_model if self.stop_token_ids is None else self.stop_token_ids
+
 
 class RolloutEngine(ABC):
     """Generates completions with the policy's weights of the last ``sync``."""

@@ -1,6 +1,5 @@
 """The native engine: HF's own modules over a preallocated cache, packed weights, and batches that stay full."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -15,6 +14,7 @@ from lit_posttrain.batching import pad_sequences
 from lit_posttrain.policy import Policy
 from lit_posttrain.randomness import uniforms
 from lit_posttrain.rollout import kv_cache, static
+from lit_posttrain.rollout.drafts import Drafts
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
 from lit_posttrain.rollout.graphs import GraphDecoder, decoder_for
 from lit_posttrain.rollout.inference import inference_view
@@ -22,7 +22,6 @@ from lit_posttrain.rollout.kv_cache import KVCache, Prefill
 from lit_posttrain.rollout.reference import ReferenceEngine
 from lit_posttrain.rollout.sampler import draw
 from lit_posttrain.rollout.static import StaticKVCache, to_device
-from lit_posttrain.rollout.stops import StopRule
 from lit_posttrain.sharding import unsharded, world_size
 from lit_posttrain.types import Completion, SamplingKey
 
@@ -124,15 +123,10 @@ class NativeEngine(RolloutEngine):
         if self.fallback is not None:
             self.fallback.tokenizer, self.fallback.weight_version = self.tokenizer, self.weight_version
             return self.fallback.generate(prompts, sampling, keys, tick)
-        stop_ids = self.policy.stop_token_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
-        stop = StopRule(stop_ids, sampling.stop_strings, self.tokenizer)
-        run = _Run(self, prompts, sampling, keys, stop, tick or (lambda finished: None))
+        drafts = Drafts(len(prompts), sampling, self.policy, self.tokenizer)
         with sdpa_kernel(ATTENTION_BACKENDS):
-            run.run()
-        return [
-            Completion(t, p, "stop" if s else "length", self.weight_version)
-            for t, p, s in zip(run.tokens, run.log_probs, run.stopped, strict=True)
-        ]
+            _Run(self, prompts, sampling, keys, drafts, tick or (lambda finished: None)).run()
+        return drafts.completions(self.weight_version)
 
     def _mismatch(self, policy: Policy) -> str | None:
         """Why this engine would not sample from the policy, by a small example; None if it does."""
@@ -163,7 +157,7 @@ class _Run:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         keys: Sequence[SamplingKey],
-        stop: StopRule,
+        drafts: Drafts,
         tick: Callable[[int], None],
     ):
         assert engine.network is not None
@@ -171,12 +165,9 @@ class _Run:
         self.network, self.device, self.decoder = engine.network, engine.policy.device, engine.decoder
         self.max_rows, self.max_bytes = engine.max_rows, engine.max_cache_gib * 2**30
         self.window = window_of(self.network)
-        self.sampling, self.stop, self.tick = sampling, stop, tick
+        self.sampling, self.drafts, self.tick = sampling, drafts, tick
         self.prompts = [tuple(p) for p in prompts]
         self.uniforms = torch.stack([uniforms(k, sampling.max_new_tokens) for k in keys]) if keys else torch.zeros(0)
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.log_probs: list[list[float]] = [[] for _ in prompts]
-        self.stopped = [False] * len(prompts)
         # Samples of one prompt wait next to each other, in the order of their prompts.
         order: dict[tuple[int, ...], list[int]] = {}
         for i, prompt in enumerate(self.prompts):
@@ -259,7 +250,7 @@ class _Run:
         round_up = _round_up if self.decoder is None else static.row_bucket
         rows = min(round_up(len(self.live)), self.batch_rows)
         positions = self.cache.begin(len(self.live), rows)
-        last = [self.tokens[i][-1] for i in self.live]
+        last = [self.drafts.tokens[i][-1] for i in self.live]
         ids = to_device(torch.tensor([last + [0] * (rows - len(last))]), self.device)
         if self.decoder is None:
             logits = self._logits(ids, positions[None], self.cache, 0)
@@ -285,31 +276,17 @@ class _Run:
     def _draw(self, logits: Float[Tensor, "n v"], first: int) -> None:
         """Draw the next token of rows ``first ..`` and note which completions end with it."""
         rows = self.live[first : first + len(logits)]
-        uniforms = self.uniforms[torch.tensor(rows), torch.tensor([len(self.tokens[i]) for i in rows])]
+        uniforms = self.uniforms[torch.tensor(rows), torch.tensor([len(self.drafts.tokens[i]) for i in rows])]
         sampled = draw(logits, to_device(uniforms, self.device), self.sampling.temperature)
         # In one piece, since each transfer waits for the device; both are exact in float64.
         tokens, log_probs = torch.stack([x.double() for x in sampled]).tolist()
-        finished = 0
-        for i, token, log_prob in zip(rows, map(int, tokens), log_probs, strict=True):
-            if not math.isfinite(log_prob):
-                raise FloatingPointError(
-                    f"the policy's logits are not finite (log-probability {log_prob} at token {len(self.tokens[i])} "
-                    "of a completion): its weights have diverged, or compute_dtype overflows"
-                )
-            self.tokens[i].append(token)
-            self.log_probs[i].append(log_prob)
-            self.stopped[i] = self.stop.stopped(self.tokens[i])
-            finished += self._done(i)
-        self.tick(finished)
-
-    def _done(self, i: int) -> bool:
-        return self.stopped[i] or len(self.tokens[i]) == self.sampling.max_new_tokens
+        self.tick(self.drafts.add(rows, map(int, tokens), log_probs))
 
     def _retire(self) -> None:
         """Close the gaps that finished rows leave with the last rows, so that live rows stay dense."""
         assert self.cache is not None
-        kept = [row for row, i in enumerate(self.live) if not self._done(i)]
-        holes = [row for row in range(len(kept)) if self._done(self.live[row])]
+        kept = [row for row, i in enumerate(self.live) if not self.drafts.ended(i)]
+        holes = [row for row in range(len(kept)) if self.drafts.ended(self.live[row])]
         if holes:
             sources = kept[-len(holes) :]
             self.cache.move(torch.tensor(sources), torch.tensor(holes))

@@ -1,6 +1,5 @@
 """The reference engine: HF's forward with HF's cache, for any architecture; simple, and what others must equal."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,9 +10,9 @@ from transformers.cache_utils import DynamicCache
 
 from lit_posttrain.policy import Policy
 from lit_posttrain.randomness import uniforms
+from lit_posttrain.rollout.drafts import Drafts
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
 from lit_posttrain.rollout.sampler import draw
-from lit_posttrain.rollout.stops import StopRule
 from lit_posttrain.sharding import unsharded
 from lit_posttrain.types import Completion, SamplingKey
 
@@ -56,15 +55,14 @@ class ReferenceEngine(RolloutEngine):
         """See ``RolloutEngine.generate``."""
         assert self.policy is not None, "sync comes before generate"
         assert all(map(len, prompts)), "a prompt without tokens has no next token"
-        stop_ids = self.policy.stop_token_ids if sampling.stop_token_ids is None else sampling.stop_token_ids
-        stop = StopRule(stop_ids, sampling.stop_strings, self.tokenizer)
         completions: list[Completion] = []
         with unsharded(self.policy), self.policy.decoding():
             for start in range(0, len(prompts), self.max_rows):
                 rows = slice(start, start + self.max_rows)
-                completions += _Batch(self.policy, prompts[rows], keys[rows], sampling).run(
-                    stop, self.weight_version, tick or (lambda finished: None)
-                )
+                drafts = Drafts(len(prompts[rows]), sampling, self.policy, self.tokenizer)
+                batch = _Batch(self.policy, prompts[rows], keys[rows], sampling)
+                batch.run(drafts, tick or (lambda finished: None))
+                completions += drafts.completions(self.weight_version)
         return completions
 
 
@@ -83,27 +81,22 @@ class _Batch:
         unique = list(dict.fromkeys(tuple(p) for p in prompts))
         self.owner = torch.tensor([unique.index(tuple(p)) for p in prompts])
         self.ids, self.real = _left_pad(unique)
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.log_probs: list[list[float]] = [[] for _ in prompts]
-        self.stopped = [False] * len(prompts)
 
-    def run(self, stop: StopRule, weight_version: int, tick: Callable[[int], None]) -> list[Completion]:
+    def run(self, drafts: Drafts, tick: Callable[[int], None]) -> None:
         device = self.policy.device
         cache = DynamicCache(config=self.policy.hf_config)
         positions = (self.real.long().cumsum(-1) - 1).clamp_min(0)
         logits = self.policy.next_logits(self.ids.to(device), positions.to(device), self.real.long().to(device), cache)
         # From prompts to samples: every sample gets its prompt's cache, mask and next-token logits.
-        live = torch.arange(len(self.tokens))
+        live = torch.arange(len(self.owner))
         owner = self.owner.to(device)
         cache.batch_select_indices(owner)
         logits, mask = logits[owner], self.real.long().to(device)[owner]
         lengths = mask.sum(-1)
         for step in range(self.sampling.max_new_tokens):
             sampled = draw(logits, self.uniforms[live, step].to(device), self.sampling.temperature)
-            keep = self._record(live.tolist(), sampled.tokens.tolist(), sampled.log_probs.tolist(), stop)
-            if step + 1 == self.sampling.max_new_tokens:
-                keep = torch.zeros_like(keep)
-            tick(len(live) - int(keep.sum()))
+            tick(drafts.add(live.tolist(), sampled.tokens.tolist(), sampled.log_probs.tolist()))
+            keep = torch.tensor([not drafts.ended(row) for row in live.tolist()])
             if not keep.any():
                 break
             tokens, mask = sampled.tokens, torch.nn.functional.pad(mask, (0, 1), value=1)
@@ -112,22 +105,6 @@ class _Batch:
                 cache.batch_select_indices(rows)
                 live, tokens, mask, lengths = live[keep], tokens[rows], mask[rows], lengths[rows]
             logits = self.policy.next_logits(tokens[:, None], (lengths + step)[:, None], mask, cache)
-        return [
-            Completion(t, p, "stop" if s else "length", weight_version)
-            for t, p, s in zip(self.tokens, self.log_probs, self.stopped, strict=True)
-        ]
-
-    def _record(self, live: list[int], tokens: list[int], log_probs: list[float], stop: StopRule) -> Bool[Tensor, " b"]:
-        for row, token, log_prob in zip(live, tokens, log_probs, strict=True):
-            if not math.isfinite(log_prob):
-                raise FloatingPointError(
-                    f"the policy's logits are not finite (log-probability {log_prob} at token {len(self.tokens[row])} "
-                    "of a completion): its weights have diverged, or compute_dtype overflows"
-                )
-            self.tokens[row].append(token)
-            self.log_probs[row].append(log_prob)
-            self.stopped[row] = stop.stopped(self.tokens[row])
-        return torch.tensor([not self.stopped[row] for row in live])
 
 
 def _left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "p s"], Bool[Tensor, "p s"]]:

@@ -6,7 +6,6 @@ sampled, and forward and backward are timed on the same sequences every time.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -97,19 +96,11 @@ class Driver(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Everything is loaded."""
         for name in ("loss", "manual_backward"):
-            setattr(pl_module, name, self._timed(getattr(pl_module, name)))
+            setattr(pl_module, name, self.clock.timed(getattr(pl_module, name), self._passed))
         self.channel.reply()
 
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self.clock.synchronize()
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            self.clock.synchronize()
-            self.passes += time.perf_counter() - started
-            return result
-
-        return timed
+    def _passed(self, seconds: float) -> None:
+        self.passes += seconds
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, batch_idx: int) -> None:
         """Fill the batch with what the request names, this rank's part of it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import trl
@@ -30,6 +29,10 @@ class Driver(TrainerCallback):
         self.channel.receive()
         self.tokens, self.generating = 0, 0.0
         self.clock.start()
+
+    def generated(self, seconds: float) -> None:
+        """A call of ``generate`` took so long."""
+        self.generating += seconds
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Answer."""
@@ -123,17 +126,7 @@ def adapt(trainer: Any, driver: Driver, setup: dict[str, Any]) -> None:
         # generate fills what is None from the model's config, and TRL masks what follows these ids.
         trainer.model.generation_config.eos_token_id = None
         trainer.eos_token_ids = [-1]
-    generate = trainer._generate_single_turn
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        driver.clock.synchronize()
-        started = time.perf_counter()
-        result = generate(*args, **kwargs)
-        driver.clock.synchronize()
-        driver.generating += time.perf_counter() - started
-        return result
-
-    trainer._generate_single_turn = timed
+    trainer._generate_single_turn = driver.clock.timed(trainer._generate_single_turn, driver.generated)
 
 
 if __name__ == "__main__":

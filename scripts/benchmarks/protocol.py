@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,19 @@ class Clock:
         seconds = time.perf_counter() - self._started
         peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else _status("VmHWM")
         return {"seconds": seconds, "peak_bytes": peak, "baseline_bytes": self.baseline}
+
+    def timed(self, function: Callable[..., Any], add: Callable[[float], None]) -> Callable[..., Any]:
+        """``function``, each call's seconds going to ``add``."""
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            self.synchronize()
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.synchronize()
+            add(time.perf_counter() - started)
+            return result
+
+        return measured
 
     def synchronize(self) -> None:
         """Wait for the GPU where there is one."""
