@@ -13,8 +13,8 @@ from lit_posttrain.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def touch():
-    for _ in range(8):
-        torch.empty(2**24).fill_(1.0)  # 64 MiB, 16,384 pages
+    for _ in range(16):
+        torch.empty(3 * 2**20).fill_(1.0)  # 12 MiB, 3,072 pages
 for _ in range(3):
     touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

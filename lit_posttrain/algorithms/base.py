@@ -78,7 +78,7 @@ class PostTrainModule(pl.LightningModule, ABC):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = 2048,
+        token_budget: int = 1024,
     ):
         super().__init__()
         if token_budget < 1:

@@ -65,7 +65,7 @@ class OnlineModule(SamplingModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = 2048,
+        token_budget: int = 1024,
         log_samples_every: int = 5,
     ):
         super().__init__(
