@@ -1,5 +1,6 @@
 """What the allocator's settings are for: the next large tensor takes memory that is already there."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -23,8 +24,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+# glibc's own limits, held fixed: left alone it raises them as it goes, by how much depends on what else the heap holds.
+FIXED = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
+
+
 def faults(mode: str) -> int:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, mode],
+        env={**os.environ, **FIXED},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     return int(done.stdout)
 
 
@@ -32,7 +44,7 @@ def faults(mode: str) -> int:
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     kept = faults("keep")
     assert kept < 200
-    assert faults("default") > 5 * kept  # what this is against; huge pages may make it few, but not this few
+    assert faults("default") > 5 * kept + 16  # what this is against: each tensor anew, by huge pages at the least
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
