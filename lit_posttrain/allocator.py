@@ -1,19 +1,15 @@
-"""The C allocator's settings: by default glibc gives large tensors back to the kernel and faults them in again."""
+"""The C allocator's settings: by default glibc gives every large tensor back to the kernel and faults it in again."""
 
 import ctypes
 import platform
 
 # malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _LARGEST_INT = 2**31 - 1
-OWN_MAPPING = 2**24
-"""Bytes from which a tensor has a mapping of its own. Most of a step's tensors are smaller, and the few larger ones
-would leave holes in the heap that nothing else fits: without mappings a training step's activations take a fifth
-more memory, and more with every step."""
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what is freed for the next tensor: no trimming of the heap, which holds tensors below 16 MiB.
+    """Have glibc keep what is freed for the next tensor: no mapping a tensor of its own, no trimming of the heap.
 
     Page faults of fresh memory cost a fifth of a decoding or training step on a CPU. Freed memory then stays with the
     process; what it uses at its peak grows by fragmentation only.
@@ -24,5 +20,4 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    settings = ((_M_MMAP_THRESHOLD, OWN_MAPPING), (_M_TRIM_THRESHOLD, _LARGEST_INT))
-    return mallopt is not None and all(mallopt(name, value) == 1 for name, value in settings)
+    return mallopt is not None and all([mallopt(_M_MMAP_MAX, 0) == 1, mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT) == 1])

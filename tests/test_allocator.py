@@ -14,7 +14,7 @@ from lit_posttrain.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def touch():
-    tensors = [torch.empty(3 * 2**20).fill_(1.0) for _ in range(16)]  # 12 MiB, 3,072 pages each
+    tensors = [torch.empty(2**24).fill_(1.0) for _ in range(8)]  # 64 MiB, 16,384 pages each
     del tensors
 for _ in range(3):
     touch()

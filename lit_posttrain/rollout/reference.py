@@ -95,8 +95,9 @@ class _Batch:
         lengths = mask.sum(-1)
         for step in range(self.sampling.max_new_tokens):
             sampled = draw(logits, self.uniforms[live, step].to(device), self.sampling.temperature)
-            tick(drafts.add(live.tolist(), sampled.tokens.tolist(), sampled.log_probs.tolist()))
-            keep = torch.tensor([not drafts.ended(row) for row in live.tolist()])
+            samples = live.tolist()
+            tick(drafts.add(samples, sampled.tokens.tolist(), sampled.log_probs.tolist()))
+            keep = torch.tensor([not drafts.ended(i) for i in samples])
             if not keep.any():
                 break
             tokens, mask = sampled.tokens, torch.nn.functional.pad(mask, (0, 1), value=1)

@@ -15,8 +15,9 @@ from typing import Any
 
 SCRIPTS = Path(__file__).resolve().parent.parent
 ROOT = SCRIPTS.parent
-# What lit_posttrain.allocator sets, for every worker: glibc would hand freed memory back and fault it in again.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(16 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+# glibc hands memory of large tensors back at every free and faults it in again at the next allocation; above these
+# sizes it would, and no tensor is.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 TCMALLOC = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 SHOWN_LINES = 25
 
