@@ -27,6 +27,7 @@ def split(
     rows: Int[Tensor, " n"] | None = None,
     *,
     packed: bool = False,
+    together: Int[Tensor, " b"] | None = None,
 ) -> list[MicroBatch]:
     """Micro-batches of at most ``token_budget`` tokens: rows alike in length, or where packed of the same prompt.
 
@@ -39,8 +40,13 @@ def split(
         token_budget: Most tokens, padding included, that go through the network at once.
         rows: Which rows to take; all by default.
         packed: Count tokens as the policy's packed rows hold them, a shared prompt once.
+        together: Rows of the same number stay in one micro-batch and keep their order (the loss compares them), even
+            beyond the budget.
     """
     chosen = torch.arange(len(sequences.ids)) if rows is None else rows
+    if together is not None:
+        units = _units(sequences, chosen, together)
+        return [take(sequences, mask, columns, i) for i in _whole_units(sequences, units, token_budget, packed)]
     if packed:
         return [take(sequences, mask, columns, index) for index in _by_prompt(sequences, chosen, token_budget)]
     lengths = sequences.lengths[chosen].tolist()
@@ -84,6 +90,40 @@ def _by_prompt(sequences: Sequences, chosen: Int[Tensor, " n"], token_budget: in
     return [torch.tensor(batch) for batch in batches if batch]
 
 
+def _units(sequences: Sequences, chosen: Int[Tensor, " n"], together: Int[Tensor, " b"]) -> list[list[int]]:
+    """Rows that stay together, from the longest unit to the shortest."""
+    units: dict[int, list[int]] = {}
+    for row in chosen.tolist():
+        units.setdefault(int(together[row]), []).append(row)
+    lengths = sequences.lengths.tolist()
+    return sorted(units.values(), key=lambda rows: -max(lengths[r] for r in rows))
+
+
+def _whole_units(
+    sequences: Sequences, units: list[list[int]], token_budget: int, packed: bool
+) -> list[Int[Tensor, " m"]]:
+    lengths = sequences.lengths.tolist()
+
+    def tokens(rows: list[int]) -> int:
+        if not packed:
+            return len(rows) * max(lengths[r] for r in rows)
+        prompts = _rows_of_prompts(sequences, rows)
+        return sum(packed_tokens(len(p), [lengths[r] - len(p) for r in own]) for p, own in prompts.items())
+
+    batches: list[list[int]] = [[]]
+    full = 0
+    for rows in units:
+        # Packed, what units add up to is exact but for prompts that two of them share; padded, all are as wide as the
+        # longest.
+        together = full + tokens(rows) if packed else tokens(batches[-1] + rows)
+        if batches[-1] and together > token_budget:
+            batches.append([])
+            together = tokens(rows)
+        batches[-1] += rows
+        full = together
+    return [torch.tensor(batch) for batch in batches if batch]
+
+
 def take(
     sequences: Sequences, mask: Bool[Tensor, "b t"], columns: dict[str, Tensor], rows: Int[Tensor, " n"]
 ) -> MicroBatch:
@@ -117,7 +157,7 @@ class Group(NamedTuple):
     Attributes:
         start: Where the prompt begins.
         prompt: Its length.
-        completions: Length of each completion after it, without the last token.
+        completions: Tokens of each completion that the row holds after it.
     """
 
     start: int
@@ -138,39 +178,46 @@ class Group(NamedTuple):
 class PackedRow(NamedTuple):
     """Sequences as one row ``[prompt | completion | completion ...] [next prompt | ...]``, nothing padded.
 
-    A sequence's last token predicts nothing, so a completion's is left out.
+    A sequence's last token predicts nothing, so a completion's is left out unless its state is wanted.
 
     Attributes:
         ids: Token ids.
         positions: Position of each within its own sequence.
         groups: The layout.
-        states: For every scored position of the sequences, where in the row the state stands that predicts its token.
+        states: For every token of the sequences that the row holds, where in it the token (and its state) stands.
     """
 
     ids: Int[Tensor, "1 n"]
     positions: Int[Tensor, "1 n"]
     groups: list[Group]
-    states: Int[Tensor, "b t"]
+    states: Int[Tensor, "b s"]
 
 
-def pack(sequences: Sequences) -> PackedRow:
-    """One row of all sequences; those with the same prompt share it."""
+def pack(sequences: Sequences, *, last: bool = False) -> PackedRow:
+    """One row of all sequences; those with the same prompt share it.
+
+    Args:
+        sequences: The rows.
+        last: Keep every sequence's last token: a reward is read from its state.
+    """
     device, lengths = sequences.ids.device, sequences.lengths.tolist()
+    left_out = 0 if last else 1
     ids, positions, groups, start = [], [], [], 0
-    states = torch.zeros(len(lengths), sequences.ids.shape[1] - 1, dtype=torch.long)
+    states = torch.zeros(len(lengths), sequences.ids.shape[1], dtype=torch.long)
     for prompt, rows in _rows_of_prompts(sequences, range(len(lengths))).items():
         p, first = len(prompt), start + len(prompt)
         ids.append(sequences.ids[rows[0], :p])
         positions.append(torch.arange(p))
         for row in rows:
-            end = max(lengths[row] - 1, p)  # the last token's state is not read
+            end = max(lengths[row] - left_out, p)
             ids.append(sequences.ids[row, p:end])
             positions.append(torch.arange(p, end))
             # The prompt's last state predicts the first token of every completion.
-            states[row, :p] = torch.arange(start, start + p)[: states.shape[1]]
+            states[row, :p] = torch.arange(start, start + p)
             states[row, p:end] = torch.arange(first, first + end - p)
             first += end - p
-        groups.append(Group(start, p, tuple(lengths[row] - 1 - p for row in rows if lengths[row] - 1 > p)))
+        kept = [lengths[row] - left_out - p for row in rows]
+        groups.append(Group(start, p, tuple(n for n in kept if n > 0)))
         start = first
     return PackedRow(torch.cat(ids)[None], torch.cat(positions)[None].to(device), groups, states.to(device))
 

@@ -1,6 +1,7 @@
 """``lit-posttrain COMMAND [options]``: looks at the words first, and imports what a command needs only when it runs.
 
-Exit status: 0 done, 2 something in the command or its files to mend, 3 a reward or a gate stopped the run,
+Exit status: 0 done, 2 something in the command or its files to mend, 3 a reward or a gate stopped the run, or
+``inspect`` found something wrong,
 4 nothing to resume from, 75 stopped by a signal after saving (run again with ``--ckpt_path last``).
 """
 
@@ -19,7 +20,11 @@ LIGHTNING_COMMANDS = {
     "test": "evaluate on the test split",
     "predict": "generate from the prompts of the data",
 }
-COMMANDS = {**LIGHTNING_COMMANDS, "export": "write a run's policy as a Hugging Face folder"}
+COMMANDS = {
+    **LIGHTNING_COMMANDS,
+    "inspect": "show what the model will see, before any training",
+    "export": "write a run's policy as a Hugging Face folder",
+}
 
 HELP = f"""usage: lit-posttrain COMMAND [options]
 
@@ -80,6 +85,9 @@ def _dispatch(argv: list[str], bases: Bases) -> None:
     if command == "export":
         _export(words)
         return
+    if command == "inspect":
+        _inspect(words, bases)
+        return
     tree = cli_config.read(words)
     cli_config.check(tree)
     from lit_posttrain import cli_lightning
@@ -109,6 +117,26 @@ class _Arguments(argparse.ArgumentParser):
         if missing := [f"--{name}" for name in required if getattr(given, name) is None]:
             raise UserError(f"missing {' and '.join(missing)}; see {self.prog} --help")
         return given
+
+
+def _inspect(words: list[str], bases: Bases) -> None:
+    about = (
+        f"{COMMANDS['inspect'].capitalize()}: rendered examples with what counts in the loss marked, lengths, what is "
+        "dropped and why, duplicates, end tokens. Exit status 3 if something is wrong."
+    )
+    parser = argparse.ArgumentParser(prog="lit-posttrain inspect", description=about, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", action="append", help="as for fit; further keys may follow")
+    parser.add_argument("--shown", metavar="N", type=int, default=3, help="training examples to print (default 3)")
+    parser.add_argument("--json", metavar="FILE", help="also write the findings there")
+    given, keys = parser.parse_known_args(words)
+    if not given.config:
+        raise UserError("missing --config; see lit-posttrain inspect --help")
+    words = [word for file in given.config for word in ("--config", file)] + keys
+    tree = cli_config.read(words)
+    cli_config.check(tree)
+    from lit_posttrain import cli_inspect
+
+    cli_inspect.inspect(words, bases(), tree, given.shown, given.json)
 
 
 def _export(words: list[str]) -> None:

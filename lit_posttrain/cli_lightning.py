@@ -166,7 +166,13 @@ def _namespaces(node: Any) -> Any:
     return Namespace(class_path=node["class_path"], init_args=Namespace(**node["init_args"]))
 
 
-def run(argv: Sequence[str], model_base: type, data_base: type, tree: ConfigTree | None = None) -> PostTrainCLI:
+def run(
+    argv: Sequence[str],
+    model_base: type,
+    data_base: type,
+    tree: ConfigTree | None = None,
+    cli_class: type[PostTrainCLI] = PostTrainCLI,
+) -> PostTrainCLI:
     """Runs ``fit``, ``validate``, ``test`` or ``predict``.
 
     Args:
@@ -174,6 +180,7 @@ def run(argv: Sequence[str], model_base: type, data_base: type, tree: ConfigTree
         model_base: ``model.class_path`` names a subclass of it.
         data_base: ``data.class_path`` names a subclass of it.
         tree: The words as read already.
+        cli_class: What does it.
 
     Raises:
         UserError: Something to mend in what was given, or a reward's or a gate's refusal (exit status 3).
@@ -181,7 +188,7 @@ def run(argv: Sequence[str], model_base: type, data_base: type, tree: ConfigTree
     _hush()
     keep_freed_memory()
     try:
-        return PostTrainCLI(
+        return cli_class(
             argv,
             tree or read(argv[1:]),
             model_class=model_base,

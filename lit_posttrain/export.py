@@ -1,5 +1,6 @@
 """A run's policy as a Hugging Face folder, said to be done only once its logits were read back and compared."""
 
+import importlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 from jaxtyping import Float
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_posttrain.checkpoint import (
     Checkpoint,
@@ -20,9 +21,12 @@ from lit_posttrain.checkpoint import (
     newest_checkpoint,
     resolve_checkpoint_file,
 )
+from lit_posttrain.export_scores import write_tokenizer
 from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
+from lit_posttrain.scalar_heads import ScoreNetwork, last_tokens
+from lit_posttrain.types import Sequences
 
-_PREFIX = "policy.model."
+_PREFIX = "policy."
 _TOKENS = 32
 # Of the largest logit: fp32 rounding of merged adapters is some 1e-6, a wrong weight some 1e-2 and more.
 _TOLERANCE = 1e-4
@@ -43,18 +47,23 @@ def export(checkpoint: str, out: str) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--out {out} exists and is not an empty folder; give another one")
     found = find_checkpoint(checkpoint)
-    config = policy_config(found.run_dir)
-    policy = Policy(config).eval()
+    config, network_class = policy_config(found.run_dir)
+    policy = network_class(config).eval()
     load_weights(policy, _state_dict(found), found)
     staged = target.parent / f".tmp-{target.name}"
     shutil.rmtree(staged, ignore_errors=True)
     try:
         policy.save_pretrained(staged)
-        load_tokenizer(config).save_pretrained(staged)
-        error = reload_error(policy.model, staged)
+        tokenizer = load_tokenizer(config)
+        if isinstance(policy, ScoreNetwork):
+            write_tokenizer(tokenizer, staged)
+            error = rescoring_error(policy, staged)
+        else:
+            tokenizer.save_pretrained(staged)
+            error = reload_error(policy.model, staged)
         if not error <= _TOLERANCE:  # NaN too
             raise ValueError(
-                f"what was written for {found.path} computes other logits than the checkpoint (they differ by "
+                f"what was written for {found.path} computes other numbers than the checkpoint (they differ by "
                 f"{error:.2g} of the largest), so nothing was exported"
             )
         if target.exists():
@@ -62,7 +71,10 @@ def export(checkpoint: str, out: str) -> None:
         staged.rename(target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    print(f"exported step {found.step} of {found.run_dir} to {target}; read back, its logits agree to {error:.1g}")
+    what = "scores" if isinstance(policy, ScoreNetwork) else "logits"
+    print(f"exported step {found.step} of {found.run_dir} to {target}; read back, its {what} agree to {error:.1g}")
+    if isinstance(policy, ScoreNetwork):
+        print(f"AutoModelForSequenceClassification.from_pretrained({str(target)!r}, trust_remote_code=True) loads it")
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
@@ -88,8 +100,8 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
         raise ValueError(str(error)) from None
 
 
-def policy_config(run: Path) -> PolicyConfig:
-    """The policy's description in the ``config.yaml`` that a run saved.
+def policy_config(run: Path) -> tuple[PolicyConfig, type[Policy]]:
+    """The policy's description in the ``config.yaml`` that a run saved, and what kind of network it describes.
 
     Args:
         run: The run's folder.
@@ -101,14 +113,25 @@ def policy_config(run: Path) -> PolicyConfig:
     if not file.is_file():
         raise ValueError(f"{file} not found; a checkpoint is exported from inside its run's folder")
     given: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+    model = given.get("model") if isinstance(given, dict) else None
+    network_class = _network_class(str((model or {}).get("class_path", "")))
     for key in ("model", "init_args", "policy"):
         given = given.get(key) if isinstance(given, dict) else None
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PolicyConfig, "policy")
     try:
-        return parser.instantiate(parser.parse_object({"policy": given or {}})).policy
+        return parser.instantiate(parser.parse_object({"policy": given or {}})).policy, network_class
     except ArgumentError as error:
         raise ValueError(f"{file}: model.init_args.policy describes no policy: {error}") from None
+
+
+def _network_class(algorithm: str) -> type[Policy]:
+    """What an algorithm trains, by its dotted path."""
+    module, _, name = algorithm.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name).network_class
+    except (ImportError, ValueError, AttributeError):
+        return Policy
 
 
 def load_weights(policy: Policy, state: Mapping[str, Tensor], source: Checkpoint) -> None:
@@ -124,10 +147,10 @@ def load_weights(policy: Policy, state: Mapping[str, Tensor], source: Checkpoint
     """
     weights = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
     try:
-        missing, unexpected = policy.model.load_state_dict(weights, strict=False)
+        missing, unexpected = policy.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         raise ValueError(f"{source.path} does not fit the policy of its run's config.yaml: {error}") from None
-    trained = {name for name, _ in policy.trainable()}
+    trained = {f"model.{name}" for name, _ in policy.trainable()}
     lacking = [name for name in missing if name in trained or policy.config.lora is None]
     if lacking or unexpected or not weights:
         names = ", ".join([*lacking, *unexpected][:3]) or f"no key begins with {_PREFIX}"
@@ -144,6 +167,21 @@ def reload_error(network: nn.Module, folder: Path) -> float:
     """
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours, theirs = _logits(network), _logits(reloaded)
+    return ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1.0)).item()
+
+
+@torch.no_grad()
+def rescoring_error(network: ScoreNetwork, folder: Path) -> float:
+    """Error = max |scores - scores read back| / max(1, max |scores|) on fixed token rows of two lengths, in fp32."""
+    reloaded = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+    size, pad = network.hf_config.get_text_config().vocab_size, reloaded.config.pad_token_id
+    ids = (torch.arange(2 * _TOKENS).view(2, -1) * 7919 + 1) % size
+    ids[ids == pad] = (pad + 1) % size
+    lengths = torch.tensor([_TOKENS, _TOKENS // 2])
+    sequences = Sequences(ids, torch.ones_like(lengths), lengths)
+    mask = sequences.attention_mask()
+    ours = network.normalised(network(sequences, last_tokens(sequences)))
+    theirs = reloaded.eval()(input_ids=ids.where(mask, pad), attention_mask=mask.long()).logits[:, 0]
     return ((ours - theirs).abs().max() / ours.abs().max().clamp(min=1.0)).item()
 
 

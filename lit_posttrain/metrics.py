@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from math import comb
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -41,6 +41,19 @@ def consensus(votes: Sequence[str | None], correct: Sequence[bool]) -> float:
     # Two texts of one answer may be judged apart only by a faulty verifier; the share of right ones decides then.
     right = [_share([c for v, c in zip(votes, correct, strict=True) if v == winner]) for winner in winners]
     return sum(right) / len(right)
+
+
+def calibration_error(confidence: Float[Tensor, " n"], correct: Bool[Tensor, " n"], bins: int = 10) -> float:
+    """ECE = sum_bins n_bin / n |mean confidence - accuracy| over equal bins of [0, 1] (Guo et al., 1706.04599).
+
+    Args:
+        confidence: Probability given to what was predicted, 0.5 to 1 for a comparison.
+        correct: Whether that came true.
+        bins: How many.
+    """
+    place = (confidence * bins).long().clamp(0, bins - 1)
+    gaps = [(confidence[place == b] - correct[place == b].float()).sum().abs() for b in range(bins)]
+    return float(sum(gaps)) / max(1, len(confidence))
 
 
 def _share(values: Sequence[bool]) -> float:
@@ -98,3 +111,46 @@ class ConsensusAtK(_MeanOverPrompts):
         if len(votes) < self.k:
             raise ValueError(f"maj@{self.k} needs at least {self.k} samples a prompt, got {len(votes)}")
         self._add(consensus(votes[: self.k], correct[: self.k].tolist()))
+
+
+class WinRate(Metric):
+    """Share of prompts on which A is preferred to B, a tie counting half; each pair is judged in both orders.
+
+    Attributes:
+        outcomes: One number a prompt: the mean of A's wins in the two orders.
+    """
+
+    full_state_update = False
+    outcomes: list[Tensor]
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("outcomes", default=[], dist_reduce_fx="cat")
+
+    def update(self, outcomes: Float[Tensor, " n"]) -> None:
+        """Add prompts."""
+        self.outcomes.append(outcomes.double())
+
+    def compute(self) -> dict[str, Tensor]:
+        """The rate, its 95% interval over prompts, and the shares of wins, ties and losses.
+
+        The interval is Wilson's (1927) with the variance of the outcomes, which ties and disagreements make smaller
+        than a coin's: the number of prompts is scaled by p (1 - p) / variance. NaN without prompts.
+        """
+        values = torch.cat(list(self.outcomes)) if len(self.outcomes) else torch.zeros(0, dtype=torch.float64)
+        n, p = len(values), values.mean()
+        spread = p * (1 - p)
+        variance = values.var(correction=0)
+        # At least the plain interval where all outcomes are alike: nothing is then known of their variance.
+        size = n * float(spread / variance) if n and variance > 0 else float(n)
+        z2 = 1.959964**2
+        centre = (p + z2 / (2 * size)) / (1 + z2 / size) if n else p
+        half = (z2 * (spread / size + z2 / (4 * size**2))) ** 0.5 / (1 + z2 / size) if n else p
+        return {
+            "win_rate": p,
+            "win_rate_low": centre - half,
+            "win_rate_high": centre + half,
+            "wins": (values > 0.5).double().mean(),
+            "ties": (values == 0.5).double().mean(),
+            "losses": (values < 0.5).double().mean(),
+        }

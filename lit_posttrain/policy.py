@@ -119,19 +119,19 @@ class Policy(nn.Module):
         config: What to load.
     """
 
-    entry_points = ("next_logits",)
+    entry_points: tuple[str, ...] = ("next_logits",)
+    lora_task = "CAUSAL_LM"
 
     def __init__(self, config: PolicyConfig):
         super().__init__()
         self.config = config
-        network = load_network(config.model, revision=config.revision)
+        network = self.load(config)
         self.stop_token_ids = _stop_token_ids(network)
         self.context_length: int | None = getattr(network.config, "max_position_embeddings", None)
-        scoring.check_network(network)
         # Before adapters and the compute view, which copy the setting.
         self.shares_prompts = scoring.share_prompts(network)
         self.window = attention.window_of(network)
-        self.model: nn.Module = add_lora(network, config.lora) if config.lora else network
+        self.model: nn.Module = add_lora(network, config.lora, self.lora_task) if config.lora else network
         if config.gradient_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
             if config.lora:
@@ -139,13 +139,19 @@ class Policy(nn.Module):
         self.view: ComputeView | None = None  # not a module: out of state_dict
         self.compute_dtype: torch.dtype | None = None
 
+    def load(self, config: PolicyConfig) -> PreTrainedModel:
+        """The HF network, seen to be one that can be sampled and scored."""
+        network = load_network(config.model, revision=config.revision)
+        scoring.check_network(network)
+        return network
+
     def build_view(self, device: torch.device, *, sharded: bool) -> None:
         """Make the compute view once the parameters are on their device; FSDP casts by itself, so it needs none."""
         self.compute_dtype = resolve_dtype(self.config.compute_dtype, device)
         view_dtype = torch.float32 if sharded else self.compute_dtype
         self.view = ComputeView(self.model, view_dtype)
         if self.config.compile_layers:
-            compile_layers(_causal_lm(self.view.module), device)
+            compile_layers(causal_lm(self.view.module), device)
 
     def sync(self) -> None:
         """Re-make the compute view; call after every change of the parameters."""
@@ -165,7 +171,7 @@ class Policy(nn.Module):
         Rows of one prompt compute it once, where the architecture allows. Only masked positions reach the
         vocabulary head.
         """
-        network = _causal_lm(self._view().module)
+        network = causal_lm(self._view().module)
         packed = self.packs(int(sequences.lengths.max()))
         with _adapters(network, adapters):
             return scoring.log_probs(network, sequences, mask, temperature, packed=packed, with_entropy=with_entropy)
@@ -175,7 +181,7 @@ class Policy(nn.Module):
         if not self.shares_prompts or self.window is None or longest <= self.window:
             return self.shares_prompts
         warnings.warn(
-            f"{type(_causal_lm(self.model)).__name__} has a sliding window of {self.window} tokens: rows with a longer "
+            f"{type(causal_lm(self.model)).__name__} has a sliding window of {self.window} tokens: rows with a longer "
             "sequence are padded instead of packed, which is slower",
             stacklevel=2,
         )
@@ -192,7 +198,7 @@ class Policy(nn.Module):
 
         Only inside ``decoding()``.
         """
-        network = _causal_lm(self._view().module)
+        network = causal_lm(self._view().module)
         assert not network.training, "HF's gradient checkpointing would throw the cache away: enter decoding() first"
         output = network(
             input_ids=ids,
@@ -220,6 +226,11 @@ class Policy(nn.Module):
         """Names and fp32 parameters that the optimizer owns."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    def saved_with_adapters(self) -> set[str]:
+        """Names in a module's ``state_dict`` (as ``policy.``...) that a checkpoint holds where the base is frozen."""
+        own = {f"policy.model.{name}" for name, _ in self.trainable()}
+        return own | {f"policy.{name}" for name in dict(self.named_buffers(recurse=False))}
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -228,17 +239,17 @@ class Policy(nn.Module):
     @property
     def hf_config(self) -> Any:
         """The network's HF config."""
-        return _causal_lm(self.model).config
+        return causal_lm(self.model).config
 
     def decode_network(self) -> PreTrainedModel:
         """The HF network that forward passes use, for engines that read its weights."""
-        return _causal_lm(self._view().module)
+        return causal_lm(self._view().module)
 
     @torch.no_grad()
     def save_pretrained(self, out: str | Path) -> None:
         """Write a HF folder (safetensors, fp32, adapters merged); not for sharded parameters."""
         if self.config.lora is None:
-            _causal_lm(self.model).save_pretrained(out)
+            causal_lm(self.model).save_pretrained(out)
             return
         # Merging in place and undoing it drifts; a copy is merged instead. Its base may be bf16 (the compute view
         # shares it), in which a small adapter would round away.
@@ -268,8 +279,13 @@ def compile_layers(network: PreTrainedModel, device: torch.device) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
-def add_lora(network: PreTrainedModel, config: LoraConfig) -> nn.Module:
+def add_lora(network: PreTrainedModel, config: LoraConfig, task: str = "CAUSAL_LM") -> nn.Module:
     """Freeze the network and put adapters on it; vocabulary head and embeddings stay as they are.
+
+    Args:
+        network: Changed in place.
+        config: Rank, scale and targets.
+        task: As peft names it; ``SEQ_CLS`` keeps a scalar head trainable, whole.
 
     Raises:
         ValueError: The target names the head or the embeddings, or no module at all.
@@ -283,7 +299,7 @@ def add_lora(network: PreTrainedModel, config: LoraConfig) -> nn.Module:
         lora_alpha=config.alpha,
         target_modules=config.target_modules,
         lora_dropout=0.0,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     try:
         adapted = get_peft_model(network, peft_config).train()
@@ -318,7 +334,8 @@ def _adapters(network: PreTrainedModel, enabled: bool) -> Iterator[None]:
                 p.requires_grad_(training[id(p)])
 
 
-def _causal_lm(model: nn.Module) -> PreTrainedModel:
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """The HF network, adapters aside."""
     network = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # pyright: ignore
     assert isinstance(network, PreTrainedModel)
     return network

@@ -53,6 +53,7 @@ class Reference:
         self.adapters: dict[str, Tensor] | None = None
         self.network: Policy | None = None
         self._saved: str | None = None
+        self._released = False
         if policy.config.lora is not None and None not in (config.model, config.refresh_every):
             raise ValueError("reference.refresh_every: with LoRA it needs reference.model: null (adapters are copied)")
         if policy.config.lora is None or config.model is not None:
@@ -73,6 +74,16 @@ class Reference:
     def equals_initial_policy(self) -> bool:
         """Whether by configuration its KL to the untrained policy is zero."""
         return self.refreshed_at is None and self.config.model in (None, self.policy.config.model)
+
+    @property
+    def released(self) -> bool:
+        """Whether nothing is left that could score."""
+        return self._released
+
+    def release(self) -> None:
+        """Free the network, whose log-probs are known by now; adapters that are switched off take no memory."""
+        if self.network is not None:
+            self.network, self._released = None, True
 
     def place(self, device: torch.device, mesh: DeviceMesh | None) -> None:
         """Put the network where the policy is, sharded like it. A collective under sharding."""

@@ -143,6 +143,15 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         parameter.grad.div_(world_size())
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, by rank; tensors among them on the CPU."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def world_size() -> int:
     """Number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -54,6 +54,40 @@ class MicroBatch(NamedTuple):
     rows: Int[Tensor, " b"]
 
 
+class Example(NamedTuple):
+    """A prompt and its completions, tokenised: what a preference, a demonstration or a judged chain of steps becomes.
+
+    Attributes:
+        prompt: Tokens that every completion is conditioned on, at least one.
+        completions: Tokens of each completion, its end token included.
+        masks: Which of them count in the loss.
+        columns: By name, one number a completion (``label``, ``preference``, ...) or one a completion token
+            (``step_labels``).
+        origin: Where it stands, for messages.
+    """
+
+    prompt: list[int]
+    completions: list[list[int]]
+    masks: list[list[bool]]
+    columns: dict[str, list[float] | list[list[float]]]
+    origin: str
+
+
+class ExampleBatch(NamedTuple):
+    """This rank's examples of one optimizer step; the rows of an example follow one another, in its own order.
+
+    Attributes:
+        sequences: One row a completion.
+        mask: Scored positions that count.
+        columns: Per-row ``[b]`` and per-token ``[b, t]`` tensors; ``group`` is the number of a row's example in the
+            batch, ``row`` the number of the row among all completions of the split.
+    """
+
+    sequences: Sequences
+    mask: Bool[Tensor, "b t"]
+    columns: dict[str, Tensor]
+
+
 class Prompt(NamedTuple):
     """One verifiable question, rendered and tokenised.
 
@@ -147,3 +181,33 @@ class Verdict(NamedTuple):
     score: float
     status: VerdictStatus = "scored"
     reason: str = ""
+
+
+class Loss(NamedTuple):
+    """One micro-batch's share of the step's loss.
+
+    Attributes:
+        loss: Scalar with gradient; shares add up over micro-batches and ranks.
+        metrics: Detached scalars that add up likewise.
+        extremes: Detached scalars of which the largest counts.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    extremes: dict[str, Tensor]
+
+
+class StepResult(NamedTuple):
+    """What one optimizer step did, reduced over micro-batches and ranks.
+
+    Attributes:
+        metrics: Means over the step's tokens or sequences, ``loss`` among them.
+        extremes: Largest values.
+        grad_norm: Norm before clipping.
+        applied: False where the gradient was not finite and the step was left out.
+    """
+
+    metrics: dict[str, float]
+    extremes: dict[str, float]
+    grad_norm: float
+    applied: bool

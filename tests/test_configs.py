@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from offline_runs import demonstration, labelled, pair, ranking, write
 from tiny_runs import scalars, write_questions
 
 from lit_posttrain import cli
@@ -20,22 +21,43 @@ ids = [str(p.relative_to(CONFIGS)) for p in EXPERIMENTS]
 # The one set of overrides by which any experiment becomes a run of seconds: sizes, the tiny model and local data.
 # Nothing of the algorithm is among them: objective, rewards, minibatches, reference, template and schedule stay.
 SIZES = shlex.split("""
---trainer.accelerator=cpu --trainer.devices=1 --trainer.max_steps=2 --trainer.limit_val_batches=1
---trainer.val_check_interval=1 --trainer.logger.init_args.save_dir=logs
---model.init_args.policy.compute_dtype=float32 --model.init_args.sampling.max_new_tokens=4
---model.init_args.group_size=4 --model.init_args.token_budget=4096 --model.init_args.evaluation.samples=2
---data.init_args.batch_size=4 --data.init_args.val_batch_size=2
+--trainer.accelerator=cpu --trainer.devices=1 --trainer.limit_val_batches=1 --trainer.logger.init_args.save_dir=logs
+--model.init_args.policy.compute_dtype=float32 --data.init_args.batch_size=4 --data.init_args.val_batch_size=2
 """)
+STEPS = shlex.split("""
+--trainer.max_steps=2 --trainer.val_check_interval=1 --trainer.check_val_every_n_epoch=null
+--model.init_args.token_budget=4096
+""")
+ONLINE = shlex.split("""
+--model.init_args.sampling.max_new_tokens=4 --model.init_args.group_size=4 --model.init_args.evaluation.samples=2
+""")
+SHOWN = shlex.split("--model.init_args.generations.prompts=2 --model.init_args.generations.max_new_tokens=4")
+FIXED_DATA = ["--data.init_args.dataset=rows.jsonl", "--data.init_args.held_out_percent=30"]
 LOCAL_DATA = {"dataset": "questions.jsonl", "subset": None, "val_split": None, "held_out_percent": 30, "val_size": 2}
 
 
 def small(model: Path, experiment: dict[str, Any]) -> list[str]:
     words = [*SIZES, f"--model.init_args.policy.model={model}"]
+    algorithm = algorithm_of(experiment)
+    if algorithm == "WinRate":
+        return [*words, *SHOWN, *FIXED_DATA, f"--model.init_args.opponent.model={model}"]
+    words += STEPS
+    if algorithm != "GRPO":
+        return [*words, *FIXED_DATA, *(SHOWN if algorithm in ("SFT", "DPO", "KTO") else [])]
+    words += ONLINE
     if "dataset" in experiment["data"]["init_args"]:
         words += [f"--data.init_args.{k}={'null' if v is None else v}" for k, v in LOCAL_DATA.items()]
     else:
         words += ["--data.init_args.train_size=8", "--data.init_args.val_size=2"]
     return words
+
+
+def algorithm_of(experiment: dict[str, Any]) -> str:
+    return experiment["model"]["class_path"].rpartition(".")[2]
+
+
+def command_of(path: Path) -> str:
+    return "validate" if algorithm_of(read(path)) == "WinRate" else "fit"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -68,19 +90,49 @@ def test_there_are_experiments() -> None:
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=ids)
 def test_an_experiment_parses_alone_and_says_how_to_run_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
-        cli.main(["fit", "--config", str(path), "--print_config"])
+        cli.main([command_of(path), "--config", str(path), "--print_config"])
     assert not done.value.code
     whole = yaml.safe_load(capsys.readouterr().out)
     assert_holds(whole, read(path), "")
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert path.read_text().startswith("# ")
-    run = next(line for line in comments if line.startswith("# Run: lit-posttrain fit --config "))
+    run = next(line for line in comments if line.startswith(f"# Run: lit-posttrain {command_of(path)} --config "))
     for named in re.findall(r"configs/\S+\.yaml", run):
         assert (CONFIGS.parent / named).is_file(), named
     assert str(path.relative_to(CONFIGS.parent)) in run
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=ids)
+ROWS = {"SupervisedExamples": demonstration, "Preferences": ranking, "UnpairedPreferences": labelled}
+OFFLINE = [p for p in EXPERIMENTS if algorithm_of(read(p)) != "GRPO"]
+
+
+@pytest.mark.parametrize("path", OFFLINE, ids=[str(p.relative_to(CONFIGS)) for p in OFFLINE])
+def test_an_experiment_on_fixed_examples_runs_two_steps_on_the_tiny_model(
+    path: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = read(path)
+    monkeypatch.chdir(tmp_path)
+    row = ROWS[given["data"]["class_path"].rpartition(".")[2]]
+    write(Path("rows.jsonl"), pair if algorithm_of(given) in ("DPO", "WinRate") else row, 24)
+    Path("experiment.yaml").write_text(path.read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cli.main([command_of(path), "--config", "experiment.yaml", *small(tiny_model, given)])
+    (run,) = Path("logs").glob("*/version_0")
+    curves = scalars(run.parent)
+    if algorithm_of(given) == "WinRate":
+        assert curves["eval/win_rate"] == [(0, 0.5)]  # the same policy, twice
+        return
+    assert [step for step, _ in curves["train/loss"]] == [1, 2]
+    assert [step for step, _ in curves["eval/loss"]] == [1, 2]
+    assert (run / "checkpoints" / "step-2").is_dir()
+    assert (run / "config.yaml").is_file()
+
+
+RL = [p for p in EXPERIMENTS if algorithm_of(read(p)) == "GRPO"]
+
+
+@pytest.mark.parametrize("path", RL, ids=[str(p.relative_to(CONFIGS)) for p in RL])
 def test_an_experiment_runs_two_iterations_on_the_tiny_model(
     path: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +202,37 @@ def test_dr_grpo() -> None:
     assert "scheduler" not in model
     assert model["max_grad_norm"] == 1.0
     assert (model["num_epochs"], model["sampling"]["temperature"]) == (1, 1.0)
+
+
+def test_instructgpt() -> None:
+    """2203.02155 sections 3.5, C.1 and C.2."""
+    model, data = arguments(CONFIGS / "sft/instructgpt.yaml")
+    assert read(CONFIGS / "sft/instructgpt.yaml")["trainer"]["max_epochs"] == 16
+    assert (model["dropout"], data["batch_size"]) == (0.2, 32)
+    assert model["optimizer"]["init_args"] == {"lr": 9.65e-6, "betas": [0.9, 0.95], "weight_decay": 0.0}
+    assert model["scheduler"]["init_args"] == {"decay": "cosine", "final_ratio": 0.1}
+    model, data = arguments(CONFIGS / "reward_model/instructgpt.yaml")
+    assert read(CONFIGS / "reward_model/instructgpt.yaml")["trainer"]["max_epochs"] == 1
+    assert (model["optimizer"]["init_args"]["lr"], data["batch_size"], model["normalise"]) == (9e-6, 64, True)
+    assert model["scheduler"]["init_args"] == {"decay": "cosine", "final_ratio": 0.1}
+
+
+def test_dpo() -> None:
+    """2305.18290 appendix B and its released code."""
+    model, data = arguments(CONFIGS / "dpo/dpo.yaml")
+    assert (model["options"]["beta"], data["batch_size"], model["max_grad_norm"]) == (0.1, 64, 10.0)
+    assert model["optimizer"] == {"class_path": "torch.optim.RMSprop", "init_args": {"lr": 1e-6}}
+    assert model["scheduler"]["init_args"] == {"decay": "constant", "warmup_steps": 150}
+    assert (data["max_length"], data["max_prompt_length"], data["prompt_truncation"]) == (512, 256, "keep_end")
+
+
+def test_r1_supervised_stages() -> None:
+    """2501.12948 appendices B.4.2 and B.4.3."""
+    for name, epochs, rate in (("r1_cold_start", 2, 5e-6), ("r1_distill", 3, 1e-4)):
+        model, data = arguments(CONFIGS / f"sft/{name}.yaml")
+        assert read(CONFIGS / f"sft/{name}.yaml")["trainer"]["max_epochs"] == epochs
+        assert (model["optimizer"]["init_args"]["lr"], data["batch_size"], data["max_length"]) == (rate, 64, 32768)
+        assert model["scheduler"]["init_args"] == {"decay": "cosine", "final_ratio": 0.1}
 
 
 def test_r1_zero() -> None:

@@ -15,14 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from lit_posttrain.algorithms import GRPO
-from lit_posttrain.algorithms.base import StepResult
 from lit_posttrain.algorithms.evaluation import EvaluationConfig
 from lit_posttrain.data import Template, VerifiablePrompts
 from lit_posttrain.objective import AdvantageConfig, KLConfig, Objective, RatioConfig
 from lit_posttrain.policy import PolicyConfig
 from lit_posttrain.rewards import PerSampleReward, PythonReward, RewardFunction
 from lit_posttrain.rollout import SamplingParams
-from lit_posttrain.types import Sample, Verdict
+from lit_posttrain.types import Sample, StepResult, Verdict
 
 QUESTIONS, BATCH, GROUP, NEW_TOKENS = 12, 2, 4, 6
 

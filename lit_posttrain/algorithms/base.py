@@ -4,19 +4,20 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lit_posttrain import gates, randomness
+from lit_posttrain.algorithms.reporting import Reporting
 from lit_posttrain.batching import to_device
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
 from lit_posttrain.precision import describe_hardware
+from lit_posttrain.schedules import Schedule
 from lit_posttrain.sharding import (
     all_reduce_sum,
     average_gradients,
@@ -26,42 +27,12 @@ from lit_posttrain.sharding import (
     shard,
     world_size,
 )
-from lit_posttrain.types import MicroBatch
+from lit_posttrain.types import Loss, MicroBatch, StepResult
 
 MOST_BAD_STEPS = 3
 
 
-class Loss(NamedTuple):
-    """One micro-batch's share of the step's loss.
-
-    Attributes:
-        loss: Scalar with gradient; shares add up over micro-batches and ranks.
-        metrics: Detached scalars that add up likewise.
-        extremes: Detached scalars of which the largest counts.
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-    extremes: dict[str, Tensor]
-
-
-class StepResult(NamedTuple):
-    """What one optimizer step did, reduced over micro-batches and ranks.
-
-    Attributes:
-        metrics: Means over the step's tokens or sequences, ``loss`` among them.
-        extremes: Largest values.
-        grad_norm: Norm before clipping.
-        applied: False where the gradient was not finite and the step was left out.
-    """
-
-    metrics: dict[str, float]
-    extremes: dict[str, float]
-    grad_norm: float
-    applied: bool
-
-
-class PostTrainModule(pl.LightningModule, ABC):
+class PostTrainModule(Reporting, ABC):
     """Base of all algorithms: a policy, and ``optimize``, which is one optimizer step whatever the layout.
 
     Args:
@@ -71,6 +42,8 @@ class PostTrainModule(pl.LightningModule, ABC):
         max_grad_norm: Gradients are clipped to this global norm; null leaves them.
         token_budget: Most tokens, padding included, in one forward pass. Sets memory, never the objective.
     """
+
+    network_class: type[Policy] = Policy
 
     def __init__(
         self,
@@ -93,7 +66,6 @@ class PostTrainModule(pl.LightningModule, ABC):
         self.max_grad_norm = max_grad_norm
         self.token_budget = token_budget
         self.policy: Policy | None = None
-        self.stop: Any = None
         self.bad_steps = 0
         self.loaded_counters: dict[str, Any] | None = None
         self._loaded_step = 0
@@ -110,13 +82,13 @@ class PostTrainModule(pl.LightningModule, ABC):
             return
         self._check_precision()
         self.tokenizer = load_tokenizer(self.policy_config)
-        policy = Policy(self.policy_config)
+        policy = self.network_class(self.policy_config)
         self.prepare_policy(policy)
         if self.device_mesh is not None:
             device = self.trainer.strategy.root_device
             policy.build_view(device, sharded=True)
             assert policy.compute_dtype is not None
-            shard(policy, self.device_mesh, policy.compute_dtype, Policy.entry_points)
+            shard(policy, self.device_mesh, policy.compute_dtype, policy.entry_points)
         self.policy = policy
 
     def prepare_policy(self, policy: Policy) -> None:
@@ -134,7 +106,23 @@ class PostTrainModule(pl.LightningModule, ABC):
             prime(optimizer)
             return optimizer
         prime(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+        schedule = self.make_scheduler(optimizer)
+        if isinstance(schedule, Schedule) and self.trainer.state.fn == "fit":
+            schedule.run_for(self._run_length())
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _run_length(self) -> int:
+        """Iterations of the whole run, of ``max_steps`` or else of the data and ``max_epochs``."""
+        # Not Lightning's estimated_stepping_batches: once it is read here, a resume loses the loader's state.
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
+        if data is None or epochs is None or epochs < 1:
+            raise ValueError(
+                "model.init_args.scheduler.init_args.total_steps: set it, or trainer.max_epochs or trainer.max_steps, "
+                "so that the schedule knows where it ends"
+            )
+        return epochs * data.iterations_per_epoch
 
     def built_policy(self) -> Policy:
         """The policy, its compute view made on the device it is on by now."""
@@ -249,12 +237,6 @@ class PostTrainModule(pl.LightningModule, ABC):
         if not applied:
             warnings.warn("the gradient is not finite: this step is left out", stacklevel=2)
 
-    def learning_rate(self) -> float:
-        """The first parameter group's present rate."""
-        wrapper = self.optimizers()
-        assert not isinstance(wrapper, list)
-        return float(wrapper.optimizer.param_groups[0]["lr"])
-
     # --- starting, resuming -----------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
@@ -313,7 +295,8 @@ class PostTrainModule(pl.LightningModule, ABC):
         """Add the counters; with LoRA drop the frozen base, which the model folder holds."""
         checkpoint["lit_posttrain"] = self.counters()
         if self.policy_config.lora is not None:
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if "lora_" in k}
+            kept = self.built_policy().saved_with_adapters()
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the counters until the policy is on its device."""
@@ -323,25 +306,6 @@ class PostTrainModule(pl.LightningModule, ABC):
     def step_of_weights(self) -> int:
         """The iteration that the present weights are from; outside ``fit`` Lightning's own count stays at 0."""
         return self.trainer.global_step if self.trainer.state.fn == "fit" else self._loaded_step
-
-    # --- progress ---------------------------------------------------------------------------------------------
-
-    def phase(self, name: str, total: int) -> None:
-        """Tell the progress bar what happens now."""
-        bar = self.trainer.progress_bar_callback
-        if bar is not None and hasattr(bar, "phase"):
-            bar.phase(name, total)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def advance(self, n: int = 1) -> None:
-        """Tell the progress bar that ``n`` more units of the phase are done."""
-        bar = self.trainer.progress_bar_callback
-        if bar is not None and hasattr(bar, "advance"):
-            bar.advance(n)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def poll(self) -> None:
-        """Let a requested stop happen here."""
-        if self.stop is not None:
-            self.stop.check()
 
     def seed_iteration(self) -> None:
         """Seed the global generators for this iteration and rank; a resume seeds them alike."""

@@ -5,11 +5,10 @@ from typing import final
 from jaxtyping import Float
 from torch import Tensor
 
-from lit_posttrain.algorithms.base import Loss
 from lit_posttrain.algorithms.online import OnlineModule
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.rollout.collect import Rollout
-from lit_posttrain.types import MicroBatch
+from lit_posttrain.types import Loss, MicroBatch
 
 
 @final

@@ -3,17 +3,15 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_posttrain.algorithms.base import StepResult
 from lit_posttrain.rewards.base import RewardFunction
 from lit_posttrain.rewards.callables import PythonReward
 from lit_posttrain.rollout.collect import Rollout
-from lit_posttrain.sharding import world_size
-from lit_posttrain.types import MicroBatch
+from lit_posttrain.sharding import gather_objects
+from lit_posttrain.types import MicroBatch, StepResult
 
 
 def rollout_sums(
@@ -63,7 +61,7 @@ def _samples(rollout: Rollout, group_size: int) -> dict[str, float]:
         "stopped": [c.stop_reason == "stop" for c in rollout.completions],
         "tokens": int(rollout.sequences.lengths.sum()),
     }
-    ranks = _gather(mine)
+    ranks = gather_objects(mine)
     rewards = torch.tensor([r for rank in ranks for r in rank["rewards"]], dtype=torch.float64)
     valid = torch.tensor([v for rank in ranks for v in rank["valid"]], dtype=torch.bool)
     lengths = torch.tensor([n for rank in ranks for n in rank["lengths"]], dtype=torch.float64)
@@ -125,7 +123,7 @@ def reported(rewards: Sequence[RewardFunction]) -> dict[str, float]:
     """Means over all ranks of what reward functions logged by themselves since the last call."""
     mine = [logs for f in rewards if isinstance(f, PythonReward) for logs in f.pop_logs()[0].items()]
     values: dict[str, list[float]] = {}
-    for name, value in (pair for rank in _gather(mine) for pair in rank):
+    for name, value in (pair for rank in gather_objects(mine) for pair in rank):
         values.setdefault(name, []).append(value)
     return {name: _mean(each) for name, each in values.items()}
 
@@ -139,11 +137,3 @@ def _std(values: Tensor) -> float:
     if len(values) < 2 or bool((values == values[0]).all()):
         return 0.0
     return float(values.std())
-
-
-def _gather(value: Any) -> list[Any]:
-    if world_size() == 1:
-        return [value]
-    gathered: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered

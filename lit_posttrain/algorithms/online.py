@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_posttrain import gates, randomness
-from lit_posttrain.algorithms.base import StepResult
 from lit_posttrain.algorithms.evaluation import EvaluationConfig
 from lit_posttrain.algorithms.measures import reported, rollout_metrics, rollout_sums
 from lit_posttrain.algorithms.samples import as_markdown
@@ -26,7 +25,7 @@ from lit_posttrain.rewards.base import RewardFunction, judge
 from lit_posttrain.rollout.collect import Rollout, assemble, generate, to_samples
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
 from lit_posttrain.sharding import all_reduce_sum, same_number, world_size
-from lit_posttrain.types import MicroBatch, PromptBatch
+from lit_posttrain.types import MicroBatch, PromptBatch, StepResult
 
 
 class OnlineModule(SamplingModule):
@@ -94,7 +93,6 @@ class OnlineModule(SamplingModule):
         self.log_samples_every = log_samples_every
         self.num_tokens = 0.0
         self.reference: Reference | None = None  # not a module: out of optimizer, state_dict and checkpoint
-        self._before: tuple[list[int], float] = ([], 0.0)
 
     @abstractmethod
     def advantages(
@@ -153,14 +151,14 @@ class OnlineModule(SamplingModule):
 
     def collect(self, batch: PromptBatch, iteration: int) -> Rollout:
         """(1) Sample a group of completions for each prompt and have them judged."""
-        with self._phase("rollout", len(batch.prompts) * self.group_size):
+        with self.timed_phase("rollout", len(batch.prompts) * self.group_size):
             self.engine.sync(self.built_policy())
             completions = generate(
                 self.engine, batch.prompts, self.group_size, self.sampling,
                 randomness.run_seed(), "rollout", iteration, self._tick,
             )  # fmt: skip
             self.engine.rest()
-        with self._phase("reward", 1):
+        with self.timed_phase("reward", 1):
             samples = to_samples(self.tokenizer, batch.prompts, completions, self._stop_ids())
             for function in self.rewards:
                 function.begin_iteration(iteration)
@@ -179,7 +177,7 @@ class OnlineModule(SamplingModule):
         ref = torch.zeros(rollout.mask.shape) if self.reference is not None else None
         # The same micro-batches as a single update's, so that in low precision both round alike.
         batches = split(rollout.sequences, rollout.mask, {}, self.token_budget, packed=self._packs(rollout))
-        with self._phase("scoring", len(batches)):
+        with self.timed_phase("scoring", len(batches)):
             for batch in same_number(batches, {}, self.device):
                 moved, width = to_device(batch, self.device), batch.mask.shape[1]
                 arguments = moved.sequences, moved.mask, self.sampling.temperature
@@ -212,7 +210,7 @@ class OnlineModule(SamplingModule):
             batches = split(
                 rollout.sequences, rollout.mask, present, self.token_budget, kept, packed=self._packs(rollout)
             )
-            with self._phase("update", len(batches)):
+            with self.timed_phase("update", len(batches)):
                 last = number == len(steps) - 1
                 results.append(self.optimize(batches, totals, self.loss, last=last, idle_columns=present))
         return results
@@ -272,16 +270,10 @@ class OnlineModule(SamplingModule):
             gates.require_engine_agrees(first["sampling/sampling_logp_difference/mean"], dtype)
         if first and iteration == 0 and self.reference is not None and self.reference.equals_initial_policy:
             gates.require_reference_is_policy(first["reference_gap"], dtype)
-        after = gates.fingerprint(p for _, p in self.built_policy().trainable())
-        gates.require_change(self._before[0], after, self._before[1], max(r.grad_norm for r in results))
+        self.require_change(results)
         groups = rollout.judgement.rewards.view(-1, self.group_size)
         stopped = sum(c.stop_reason == "stop" for c in rollout.completions)
         gates.warn_nothing_to_learn(int((groups.amax(1) > groups.amin(1)).sum()), stopped, len(rollout.completions))
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Remember the parameters' checksums where a gate will compare them."""
-        if self.trainer.global_step < gates.GATED_ITERATIONS:
-            self._before = gates.fingerprint(p for _, p in self.built_policy().trainable()), self.learning_rate()
 
     # --- logging ----------------------------------------------------------------------------------------------
 
@@ -298,7 +290,7 @@ class OnlineModule(SamplingModule):
         self.num_tokens += metrics.pop("tokens_processed")
         metrics |= {"num_tokens": self.num_tokens, "step_time": seconds, "learning_rate": rate}
         metrics |= reported(self.rewards)
-        metrics["epoch"] = self.trainer.current_epoch + self._epoch_fraction()
+        metrics["epoch"] = self.epochs_done()
         tagged = {f"train/{name}": value for name, value in metrics.items()}
         tagged |= {f"time/{name}": value for name, value in self.seconds.items()}
         generated = metrics["completions/mean_length"] * len(rollout.completions) * world_size()
@@ -309,12 +301,7 @@ class OnlineModule(SamplingModule):
         if self.logger is not None:
             self.logger.log_metrics(tagged, step=step)
         if self.log_samples_every and (iteration == 0 or step % self.log_samples_every == 0):
-            self._log_text("train/samples", as_markdown(rollout, advantages.tolist()), step)
-
-    def _epoch_fraction(self) -> float:
-        batches = self.trainer.num_training_batches
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return done / batches if batches and batches != float("inf") else 0.0
+            self.log_text("train/samples", as_markdown(rollout, advantages.tolist()), step)
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 

@@ -41,12 +41,12 @@ def evaluation_markdown(rows: Sequence[dict[str, Any]]) -> str:
 def _block(question: str, answer: str | None, completion: str, stop_reason: str, head: str) -> str:
     ending = "" if stop_reason == "stop" else "  \n*(cut at the length limit)*"
     return (
-        f"**{head}**  \n**Question** (answer {answer})\n\n{_code(question)}\n\n"
-        f"**Completion**\n\n{_code(completion)}{ending}"
+        f"**{head}**  \n**Question** (answer {answer})\n\n{code_block(question)}\n\n"
+        f"**Completion**\n\n{code_block(completion)}{ending}"
     )
 
 
-def _code(text: str) -> str:
+def code_block(text: str) -> str:
     """An indented block: nothing in the text can end it or be read as markup."""
     cut = text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
     return "\n".join("    " + line for line in (cut.splitlines() or [""]))

@@ -1,11 +1,5 @@
 """Sampling prompts and judging the samples: what training, evaluation and prediction share."""
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lit_posttrain import randomness
@@ -53,7 +47,6 @@ class SamplingModule(PostTrainModule):
         self.sampling = sampling
         self.engine = engine or NativeEngine()
         self.evaluation = Evaluation(evaluation, sampling, rewards)
-        self.seconds: dict[str, float] = defaultdict(float)
 
     def setup(self, stage: str) -> None:
         """Hold every gold answer against the rewards before any model is loaded."""
@@ -127,30 +120,10 @@ class SamplingModule(PostTrainModule):
             return
         step = self.step_of_weights()
         values, text = self.evaluation.finish(self.run_dir() / "evaluation", step, self.global_rank)
-        # Through Lightning: schedulers and early stopping see them, and the commands print and return them. It takes
-        # "step" as the x axis, and would count something else without.
-        tagged = {f"{prefix}/{name}": float(value) for name, value in values.items()}
-        # Equal on every rank already; without sync_dist Lightning would warn of each.
-        self.log_dict({"step": float(step), **tagged}, sync_dist=True)
-        self._log_text(f"{prefix}/samples", text, step)
-
-    def run_dir(self) -> Path:
-        """The run's folder."""
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        self.log_scores(prefix, values, step)
+        self.log_text(f"{prefix}/samples", text, step)
 
     # --- helpers ----------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _phase(self, name: str, total: int) -> Iterator[None]:
-        self.phase(name, total)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-    def _log_text(self, tag: str, text: str, step: int) -> None:
-        writer = getattr(self.logger, "experiment", None)
-        if self.trainer.is_global_zero and writer is not None and hasattr(writer, "add_text"):
-            writer.add_text(tag, text, step)
 
     def _tick(self, finished: int) -> None:
         if finished:

@@ -70,9 +70,9 @@ class PostTrainDataModule(LightningDataModule, ABC):
         epoch, number = divmod(iteration, self.iterations_per_epoch)
         rank, world = self._ranks()
         share = self.batch_size // world
+        whole = self._permutation(epoch)[number * self.batch_size : (number + 1) * self.batch_size]
         positions = list(range(rank * share, (rank + 1) * share))
-        order = self._permutation(epoch)
-        return self.collate("train", [order[number * self.batch_size + p] for p in positions], positions)
+        return self.share("train", whole, positions)
 
     def evaluation_batches(self, split: Split) -> int:
         """Evaluation batches of a split, the last of them perhaps partial; the same number on every rank."""
@@ -88,7 +88,17 @@ class PostTrainDataModule(LightningDataModule, ABC):
         count = min(self.val_batch_size, self.size(split) - start)
         rank, world = self._ranks()
         positions = list(range(count * rank // world, count * (rank + 1) // world))
-        return self.collate(split, [start + p for p in positions], positions)
+        return self.share(split, list(range(start, start + count)), positions)
+
+    def share(self, split: Split, whole: list[int], positions: list[int]) -> Any:
+        """A rank's share of a batch, for those who have to see the rest of it; by default only :meth:`collate`.
+
+        Args:
+            split: ``train`` or ``val``.
+            whole: The batch's examples over all ranks.
+            positions: Which of them are this rank's.
+        """
+        return self.collate(split, [whole[p] for p in positions], positions)
 
     def seek(self, iteration: int) -> None:
         """Let the next training iterator begin at ``iteration``, once."""

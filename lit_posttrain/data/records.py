@@ -87,8 +87,14 @@ def record(row: Row, prompt_column: str, answer_column: str | None, answer_after
     return Record(row.number, row.origin, question, prompt, answer, dict(row))
 
 
-def column(row: Row, path: str, ours: str) -> Any:
-    """The value at a column name or dotted path, numbers indexing lists.
+def column(row: Row, path: str, ours: str, key: str = KEY) -> Any:
+    """The value at a column name or dotted path; numbers index lists, and ``*`` stands for every item of one.
+
+    Args:
+        row: The row.
+        path: Where to look.
+        ours: What we call it.
+        key: The YAML key of the mapping, for messages.
 
     Raises:
         ValueError: There is none; names the closest column and all of them.
@@ -96,17 +102,24 @@ def column(row: Row, path: str, ours: str) -> Any:
     if path in row:
         return row[path]
     value: Any = row
-    for depth, part in enumerate(path.split(".")):
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
         if isinstance(value, Mapping) and part in value:
             value = value[part]
+        elif isinstance(value, list) and part == "*":
+            inside = [
+                Row(v if isinstance(v, dict) else {"": v}, f"{row.origin}, item {i}", i) for i, v in enumerate(value)
+            ]
+            rest = ".".join(parts[depth + 1 :])
+            return [column(v, rest, ours, key) for v in inside] if rest else value
         elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         else:
             names = list(value) if isinstance(value, Mapping) else list(row)
-            inside = f" in {'.'.join(path.split('.')[:depth])!r}" if depth and isinstance(value, Mapping) else ""
+            inside = f" in {'.'.join(parts[:depth])!r}" if depth and isinstance(value, Mapping) else ""
             raise ValueError(
                 f"{row.origin}: no column {path!r}{nearest(part, names)}; the columns{inside} are {', '.join(names)}. "
-                f"Set {KEY}.{ours} to the one that holds the {ours}"
+                f"Set {key}.{ours} to the one that holds the {ours}"
             )
     return value
 
@@ -203,7 +216,7 @@ class Renderer:
 def _question(value: str, where: str) -> str:
     if not value.strip():
         raise ValueError(f"{where} is empty; remove the row")
-    _check_encodable(value, where)
+    check_encodable(value, where)
     return value
 
 
@@ -216,7 +229,7 @@ def _messages(value: Any, where: str) -> Messages:
         given = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
         if set(given) != {"role", "content"} or not all(isinstance(v, str) for v in given.values()):
             raise ValueError(f"{where}[{i}] must be a message {{role: text, content: text}}, not {str(message)[:80]}")
-        _check_encodable(given["content"], where)
+        check_encodable(given["content"], where)
         messages.append({"role": given["role"], "content": given["content"]})
     _question(messages[-1]["content"], f"{where}[{len(messages) - 1}].content")
     return messages
@@ -230,7 +243,7 @@ def _transcript(messages: Messages) -> str:
 
 def _gold(value: Any, where: str) -> str | None:
     if isinstance(value, str):
-        _check_encodable(value, where)
+        check_encodable(value, where)
         return value
     if value is None:
         return None
@@ -243,7 +256,12 @@ def _gold(value: Any, where: str) -> str | None:
     return str(value)
 
 
-def _check_encodable(text: str, where: str) -> None:
+def check_encodable(text: str, where: str) -> None:
+    """Refuse text with half of a surrogate pair.
+
+    Raises:
+        ValueError: There is one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -42,7 +42,9 @@ def is_data_file(name: str) -> bool:
     return Path(name).suffix.lower() in _READERS
 
 
-def read_rows(dataset: str, subset: str | None = None, split: str = "train", key: str = "dataset") -> list[Row]:
+def read_rows(
+    dataset: str, subset: str | None = None, split: str = "train", key: str = "dataset", **hub: Any
+) -> list[Row]:
     """The rows of a local file, a folder saved by ``datasets.save_to_disk``, or a dataset on the hub.
 
     Args:
@@ -51,6 +53,7 @@ def read_rows(dataset: str, subset: str | None = None, split: str = "train", key
         subset: Configuration of a hub dataset.
         split: Split of a hub dataset or saved folder; a file has only ``train``.
         key: The key under ``data.init_args`` that names the dataset, for messages.
+        **hub: What else ``datasets.load_dataset`` is told of a hub dataset.
 
     Raises:
         ValueError: Nothing there, nothing in it, or a row that cannot be read exactly; names file and line.
@@ -71,7 +74,7 @@ def read_rows(dataset: str, subset: str | None = None, split: str = "train", key
         what = f"cannot read {dataset}" if path.exists() else f"there is no file {dataset}"
         raise ValueError(f"data.init_args.{key}: {what}; known endings are {', '.join(_READERS)}")
     else:
-        rows = _read_hub(dataset, subset, split, key)
+        rows = _read_hub(dataset, subset, split, key, hub)
     if not rows:
         raise ValueError(f"data.init_args.{key}: {dataset} is empty (0 rows)")
     return rows
@@ -233,10 +236,12 @@ def _read_saved(path: Path, split: str, key: str) -> list[Row]:
 
 
 def _split_key(key: str) -> str:
+    if key.endswith(".path"):  # of a mixture
+        return key.removesuffix("path") + "split"
     return "split" if key == "dataset" else key
 
 
-def _read_hub(name: str, subset: str | None, split: str, key: str) -> list[Row]:
+def _read_hub(name: str, subset: str | None, split: str, key: str, more: dict[str, Any]) -> list[Row]:
     import datasets
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
@@ -244,7 +249,7 @@ def _read_hub(name: str, subset: str | None, split: str, key: str) -> list[Row]:
     if not constants.HF_HUB_OFFLINE:  # offline by the user's wish, `datasets` answers from its cache, at once
         _probe_hub(name, key)
     try:
-        loaded = datasets.load_dataset(name, subset, split=split)
+        loaded = datasets.load_dataset(name, subset, split=split, **more)
     except (ValueError, OSError, DatasetsError) as error:
         raise ValueError(
             f"data.init_args.{key}: cannot load {name!r} (subset {subset!r}, split {split!r}): {error}"

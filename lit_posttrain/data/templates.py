@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_posttrain.model_files import model_folder
 
 Messages = list[dict[str, str]]
 
@@ -122,7 +124,7 @@ class Template:
         bare = tokenizer.encode(rendered.text, add_special_tokens=False, verbose=False)
         if self.kind == "chat":
             return bare
-        added = _leading_specials(tokenizer)
+        added = leading_specials(tokenizer)
         return bare if bare[: len(added)] == added else added + bare
 
     def _fill(self, question: str) -> str:
@@ -165,7 +167,28 @@ class Template:
         return [*opening, *shown, *turns[:-1], asked]
 
 
-def _leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        ValueError: No name, or nothing readable there.
+    """
+    if name is None:
+        raise ValueError("data.init_args.tokenizer: not set; the command line sets it to the policy's tokenizer")
+    key = "model.init_args.policy.model (or its tokenizer)"
+    folder = model_folder(name, key, weights=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{key}: there is no readable tokenizer in {folder}: {error}") from error
+
+
+def leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of a text by default (BOS).
+
+    Raises:
+        ValueError: It changes the text itself.
+    """
     probe = "a"
     bare = tokenizer.encode(probe, add_special_tokens=False)
     full = tokenizer.encode(probe, add_special_tokens=True)

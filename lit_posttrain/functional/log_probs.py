@@ -31,10 +31,14 @@ class TokenLogProbs(NamedTuple):
         log_probs: log pi(token i + 1 | tokens up to i), fp32 (fp64 for fp64 input), with gradient; 0 outside the mask.
         entropy: Entropy in nats of the distribution each of those tokens was drawn from, *without* gradient; 0
             outside the mask. None unless asked for.
+        likeliest: 1 where the token is the likeliest one, else 0. None unless entropy is asked for.
+        mean_logits: Mean over the vocabulary of the logits, likewise.
     """
 
     log_probs: Float[Tensor, "b t"]
     entropy: Float[Tensor, "b t"] | None
+    likeliest: Float[Tensor, "b t"] | None = None
+    mean_logits: Float[Tensor, "b t"] | None = None
 
 
 class _Head(NamedTuple):
@@ -93,24 +97,27 @@ class _ChunkedLogProbs(torch.autograd.Function):
         chunk: int,
         with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
+        """Log-probs ``[n]``, and ``[3, n]`` of entropy, whether the target is the likeliest, and the mean logit."""
         product = _Product(weight.to(states.dtype), len(states))
         dtype = _accumulation_dtype(states.dtype)
         log_probs, normaliser = (torch.empty(len(states), dtype=dtype, device=states.device) for _ in range(2))
-        entropy = torch.zeros(len(states) if with_entropy else 0, dtype=dtype, device=states.device)
+        measured = torch.zeros(3, len(states) if with_entropy else 0, dtype=dtype, device=states.device)
         for part, logits in _logits(head, product, states, bias, slice(0, len(states)), chunk):
             at_target = logits.gather(1, targets[part, None])[:, 0]
             peak = logits.amax(-1)
+            if with_entropy:
+                measured[1, part], measured[2, part] = at_target == peak, logits.mean(-1)
             shifted = logits.sub_(peak[:, None])
             mass = shifted.exp()
             total = mass.sum(-1)
             normaliser[part] = total.log().add_(peak)
             log_probs[part] = at_target - normaliser[part]
             if with_entropy:  # log Z - E[logit]
-                entropy[part] = total.log() - mass.mul_(shifted).sum(-1) / total
+                measured[0, part] = total.log() - mass.mul_(shifted).sum(-1) / total
         ctx.save_for_backward(states, weight, bias, targets, normaliser)
         ctx.head, ctx.chunk = head, chunk
-        ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        ctx.mark_non_differentiable(measured)
+        return log_probs, measured
 
     @staticmethod
     @once_differentiable
@@ -179,7 +186,7 @@ def token_log_probs(
         softcap: Final soft cap c: c tanh(logits / c) before the temperature (Gemma).
         scale: Multiplies the logits before the soft cap (Cohere's ``logit_scale``, 1 / ``logits_scaling`` of Granite).
         chunk: Positions whose logits exist at one time. None fits about 34 million logits.
-        with_entropy: Whether the same pass also gives the entropy.
+        with_entropy: Whether the same pass also gives the entropy and what comes with it.
 
     Raises:
         ValueError: The temperature is not positive, or ``chunk`` is below 1.
@@ -197,12 +204,12 @@ def token_log_probs(
     states = hidden.reshape(b * s, d).index_select(0, rows * s + positions)
     targets = ids.reshape(b * s).index_select(0, rows * s + positions + 1).long()  # the shift
     head = _Head(temperature, softcap, scale)
-    scored, entropy = _ChunkedLogProbs.apply(states, weight, bias, targets, head, chunk, with_entropy)  # type: ignore[misc]
+    scored, measured = _ChunkedLogProbs.apply(states, weight, bias, targets, head, chunk, with_entropy)  # type: ignore[misc]
 
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(b * (s - 1)).index_copy(0, rows * (s - 1) + positions, values).view(b, s - 1)
 
-    return TokenLogProbs(spread(scored), spread(entropy) if with_entropy else None)
+    return TokenLogProbs(spread(scored), *(map(spread, measured) if with_entropy else (None,)))
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

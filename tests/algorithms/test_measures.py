@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 
-from lit_posttrain.algorithms.base import StepResult
 from lit_posttrain.algorithms.measures import rollout_metrics, rollout_sums
 from lit_posttrain.batching import pad_sequences
 from lit_posttrain.rewards.base import Judgement
 from lit_posttrain.rollout.collect import Rollout
-from lit_posttrain.types import Completion, MicroBatch, Prompt, Sample, Verdict
+from lit_posttrain.types import Completion, MicroBatch, Prompt, Sample, StepResult, Verdict
 
 CPU = torch.device("cpu")
 

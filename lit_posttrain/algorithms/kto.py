@@ -1,0 +1,123 @@
+"""Kahneman-Tversky optimisation on single completions that are labelled good or bad."""
+
+from typing import Any, final
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from lit_posttrain.algorithms.generations import GenerationConfig
+from lit_posttrain.algorithms.preference import COLUMN, PreferenceModule
+from lit_posttrain.functional.masked import Totals
+from lit_posttrain.functional.preference_losses import kto_loss
+from lit_posttrain.policy import PolicyConfig
+from lit_posttrain.reference import ReferenceConfig
+from lit_posttrain.rollout.engine import RolloutEngine
+from lit_posttrain.sharding import all_reduce_sum
+from lit_posttrain.types import ExampleBatch, Loss, MicroBatch
+
+
+@final
+class KTO(PreferenceModule):
+    """L = E[lambda_y - v(x, y)], v = lambda_D sigma(beta (r - z)) or lambda_U sigma(beta (z - r)) (2402.01306 Eq. 8).
+
+    r = log pi/pi_ref of the completion. z = max(0, mean r of mismatched prompts and completions), over the whole
+    optimizer step and all ranks, without gradient: each prompt with the completion of the example before it.
+
+    Args:
+        policy: The network that is trained.
+        beta: How close the policy stays to the reference.
+        desirable_weight: lambda_D.
+        undesirable_weight: lambda_U.
+        reference: What the policy is held close to; by default the policy as it was at the start.
+        generations: Answers that each evaluation samples: shown as text, and KL to the reference is estimated on them.
+        engine: Generates them; the native engine by default.
+        optimizer: Gets the trainable parameters.
+        scheduler: Learning-rate schedule, stepped once an iteration.
+        max_grad_norm: Gradients are clipped to this global norm; null leaves them.
+        token_budget: Most tokens, padding included, in one forward pass. Sets memory, never the objective.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        reference: ReferenceConfig = ReferenceConfig(),  # noqa: B008 (frozen)
+        generations: GenerationConfig = GenerationConfig(),  # noqa: B008 (frozen)
+        engine: RolloutEngine | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
+        scheduler: LRSchedulerCallable | None = None,
+        max_grad_norm: float | None = 1.0,
+        token_budget: int = 1024,
+    ):
+        for name, value in (("beta", beta), ("desirable_weight", desirable_weight)):
+            if value <= 0:
+                raise ValueError(f"model.init_args.{name}: must be above 0, is {value}")
+        if undesirable_weight < 0:
+            raise ValueError(f"model.init_args.undesirable_weight: must not be negative, is {undesirable_weight}")
+        super().__init__(
+            policy, reference, None, generations, engine, optimizer, scheduler, max_grad_norm, token_budget
+        )
+        self.beta = beta
+        self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
+
+    def counts(self, batch: ExampleBatch) -> tuple[float, float]:
+        """Real completions and their tokens."""
+        real = batch.columns["role"] == 0
+        return float(real.sum()), float(batch.mask[real].sum())
+
+    def rows(self, batch: ExampleBatch) -> Tensor:
+        """Mismatched completions only make z."""
+        return (batch.columns["role"] == 0).nonzero()[:, 0]
+
+    @torch.no_grad()
+    def columns(self, batch: ExampleBatch, split: Any) -> dict[str, Tensor]:
+        """The reference's log-probs, z, and how many completions of each kind the whole step has."""
+        columns = self.reference_columns(batch, split)
+        reference = columns.get(COLUMN, batch.columns.get(COLUMN))
+        assert reference is not None
+        mismatched = (batch.columns["role"] == 1).nonzero()[:, 0]
+        own = torch.zeros(len(batch.sequences.ids))
+        with self.timed_phase("mismatched", 0):
+            for micro_batch in self.each(batch, mismatched):
+                scored = self.built_policy()(micro_batch.sequences, micro_batch.mask, 1.0).log_probs
+                own[micro_batch.rows] = scored.sum(-1).cpu()
+        real, good = batch.columns["role"] == 0, batch.columns["label"] > 0
+        total, count, desirable, undesirable = all_reduce_sum(
+            [
+                float((own - reference)[mismatched].double().sum()),
+                len(mismatched),
+                int((real & good).sum()),
+                int((real & ~good).sum()),
+            ],
+            self.device,
+        )
+        z = max(0.0, total / max(count, 1.0))
+        of_kind = torch.where(good, torch.tensor(max(desirable, 1.0)), torch.tensor(max(undesirable, 1.0)))
+        return {**columns, "z": torch.full_like(own, z), "of_kind": of_kind.float()}
+
+    def loss(self, batch: MicroBatch, totals: Totals) -> Loss:
+        """Mean over the completions of the whole step, of either kind."""
+        scored = self.built_policy()(batch.sequences, batch.mask, 1.0, with_entropy=self.logger is not None)
+        sums, columns = scored.log_probs.sum(-1), batch.columns
+        real, good = batch.mask.any(-1), columns["label"] > 0
+        ratio = sums - columns[COLUMN]
+        z = columns["z"].amax()
+        terms = kto_loss(ratio, good, z, self.beta, self.desirable_weight, self.undesirable_weight)
+        count, tokens = max(totals.sequences, 1.0), max(totals.tokens, 1.0)
+        metrics = {"kl": z * real.sum() / count}
+        for name, values in (("rewards", self.beta * ratio.detach()), ("logps", sums.detach())):
+            for kind, mine in (("chosen", real & good), ("rejected", real & ~good)):
+                metrics[f"{name}/{kind}"] = (values / columns["of_kind"]).where(mine, 0.0).sum()
+        if scored.entropy is not None:
+            metrics["entropy"] = scored.entropy.sum() / tokens
+        return Loss(terms.where(real, 0.0).sum() / count, metrics, {})
+
+    def evaluated(self, values: dict[str, float]) -> dict[str, float]:
+        """Also the margin between the two kinds."""
+        return {
+            **super().evaluated(values),
+            "rewards/margins": values.get("rewards/chosen", 0.0) - values.get("rewards/rejected", 0.0),
+        }
