@@ -1,4 +1,4 @@
-"""When a run is saved, and how it stops: ``CheckpointEvery``."""
+"""When a run is saved, and how it stops: ``CheckpointEvery``; what a preset says of its paper: ``Deviations``."""
 
 import os
 import signal
@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_posttrain.checkpoint import (
@@ -274,3 +275,19 @@ def _size(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(_size, value.values()))
     return sum(map(_size, value)) if isinstance(value, (list, tuple)) else 0
+
+
+class Deviations(pl.Callback):
+    """Say when training begins where a preset is not what its paper says.
+
+    Args:
+        paper: Where the preset's values are from.
+        deviations: One sentence each.
+    """
+
+    def __init__(self, paper: str, deviations: list[str]):
+        self.paper, self.deviations = paper, deviations
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print them on the first rank."""
+        rank_zero_info("\n  - ".join([f"after {self.paper}; other than there:", *self.deviations]))

@@ -149,6 +149,8 @@ def _export(words: list[str]) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="the folder to write; must be absent or empty")
     parser.add_argument("--config", metavar="FILE", help="the experiment whose newest run 'last' means")
+    about = "the weights as they were trained last, where the run kept a moving average (ema_decay)"
+    parser.add_argument("--last_weights", action="store_true", help=about)
     given = parser.parse(words, required=("checkpoint", "out"))
     checkpoint = given.checkpoint
     if checkpoint == "last":
@@ -162,6 +164,6 @@ def _export(words: list[str]) -> None:
     from lit_posttrain.export import export
 
     try:
-        export(checkpoint, given.out)
+        export(checkpoint, given.out, given.last_weights)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None

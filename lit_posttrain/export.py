@@ -3,6 +3,7 @@
 import importlib
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,20 @@ from lit_posttrain.scalar_heads import ScoreNetwork, last_tokens
 from lit_posttrain.types import Sequences
 
 _PREFIX = "policy."
+_AVERAGE = "average."
+_CRITIC = "value_head."  # on a policy's network; not a part of what is exported
 _TOKENS = 32
 # Of the largest logit: fp32 rounding of merged adapters is some 1e-6, a wrong weight some 1e-2 and more.
 _TOLERANCE = 1e-4
 
 
-def export(checkpoint: str, out: str) -> None:
+def export(checkpoint: str, out: str, last_weights: bool = False) -> None:
     """Writes weights (fp32 safetensors, adapters merged), configuration and tokenizer, and checks what was written.
 
     Args:
         checkpoint: A run's folder, of which the newest checkpoint that verifies is taken, or a checkpoint's folder.
         out: The folder to write; absent or empty. It appears only once its content is right.
+        last_weights: The weights as they were trained, also where the run kept a moving average of them.
 
     Raises:
         ValueError: No such checkpoint or run, a checkpoint of another network, ``out`` not empty, or the folder as
@@ -48,8 +52,9 @@ def export(checkpoint: str, out: str) -> None:
         raise ValueError(f"--out {out} exists and is not an empty folder; give another one")
     found = find_checkpoint(checkpoint)
     config, network_class = policy_config(found.run_dir)
-    policy = network_class(config).eval()
-    load_weights(policy, _state_dict(found), found)
+    # What is compared is compared in fp32, whatever the run computed in.
+    policy = network_class(replace(config, compute_dtype="float32")).eval()
+    averaged = load_weights(policy, _state_dict(found), found, last_weights)
     staged = target.parent / f".tmp-{target.name}"
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -71,6 +76,8 @@ def export(checkpoint: str, out: str) -> None:
         staged.rename(target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+    if averaged:
+        print("these are the moving average of the weights; --last_weights exports the last ones")
     what = "scores" if isinstance(policy, ScoreNetwork) else "logits"
     print(f"exported step {found.step} of {found.run_dir} to {target}; read back, its {what} agree to {error:.1g}")
     if isinstance(policy, ScoreNetwork):
@@ -134,18 +141,25 @@ def _network_class(algorithm: str) -> type[Policy]:
         return Policy
 
 
-def load_weights(policy: Policy, state: Mapping[str, Tensor], source: Checkpoint) -> None:
+def load_weights(policy: Policy, state: Mapping[str, Tensor], source: Checkpoint, last_weights: bool = False) -> bool:
     """Fills the policy with a module's weights; with adapters the frozen base may be absent, its files hold it.
 
     Args:
         policy: As its description says, with the weights that training began with.
         state: The ``state_dict`` of the checkpoint.
         source: Where that came from, for messages.
+        last_weights: Not their moving average, where there is one.
+
+    Returns:
+        Whether it is the moving average.
 
     Raises:
         ValueError: Other names or shapes than the policy has, or one of its trained parameters missing.
     """
-    weights = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
+    averaged = not last_weights and any(name.startswith(_AVERAGE) for name in state)
+    prefix = _AVERAGE if averaged else _PREFIX
+    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    weights = {name: value for name, value in weights.items() if not name.startswith(_CRITIC)}
     try:
         missing, unexpected = policy.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -153,8 +167,9 @@ def load_weights(policy: Policy, state: Mapping[str, Tensor], source: Checkpoint
     trained = {f"model.{name}" for name, _ in policy.trainable()}
     lacking = [name for name in missing if name in trained or policy.config.lora is None]
     if lacking or unexpected or not weights:
-        names = ", ".join([*lacking, *unexpected][:3]) or f"no key begins with {_PREFIX}"
+        names = ", ".join([*lacking, *unexpected][:3]) or f"no key begins with {prefix}"
         raise ValueError(f"{source.path} does not fit the policy of its run's config.yaml: {names}")
+    return averaged
 
 
 @torch.no_grad()

@@ -40,8 +40,8 @@ class AdvantageConfig:
         Raises:
             ValueError: A value is out of range.
         """
-        _one_of("advantage.baseline", self.baseline, Baseline)
-        _one_of("advantage.scale", self.scale, Scale)
+        one_of("advantage.baseline", self.baseline, Baseline)
+        one_of("advantage.scale", self.scale, Scale)
         if not 0 <= self.eps < math.inf:
             raise ValueError(f"{KEY}.advantage.eps: must be finite and at least 0, got {self.eps}")
         if self.eps and self.scale == "none":
@@ -58,11 +58,13 @@ class RatioConfig:
             answer's tokens) or ``sequence_product`` (the ratio of whole answers, DeepSeek-R1 Eq. 1 read literally).
         clip_low: Lower half-width, > 0. From 1 on the lower bound never binds (DeepSeek-R1 uses 10).
         clip_high: Upper half-width, > 0; ``.inf`` never clips. DAPO's "clip higher" is 0.28 over 0.2.
+        dual_clip: With a negative advantage rho counts at most so much, > 1 (1912.09729 Eq. 5); ``.inf`` never clips.
     """
 
     level: RatioLevel
     clip_low: float
     clip_high: float
+    dual_clip: float = math.inf
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -70,10 +72,12 @@ class RatioConfig:
         Raises:
             ValueError: A value is out of range.
         """
-        _one_of("ratio.level", self.level, RatioLevel)
+        one_of("ratio.level", self.level, RatioLevel)
         for name, value in (("clip_low", self.clip_low), ("clip_high", self.clip_high)):
             if not value > 0:
                 raise ValueError(f"{KEY}.ratio.{name}: must be above 0, got {value}; .inf never clips")
+        if not self.dual_clip > 1:
+            raise ValueError(f"{KEY}.ratio.dual_clip: must be above 1, got {self.dual_clip}; .inf never clips")
 
 
 @final
@@ -88,11 +92,16 @@ class KLConfig:
             reward of the answer, summed over its tokens, not differentiated). Only k1 in the reward converges to
             pi_ref exp(r / coef) / Z.
         coef: Weight, >= 0, in reward units a nat. 0 computes no KL and needs no reference.
+        target: KL of a whole answer, in nats, that ``coef`` is adapted to after every iteration (Ziegler et al.,
+            1909.08593); null keeps ``coef``. Only where the KL is in the reward.
+        horizon: Answers over which it is adapted, > 0; set it with ``target``.
     """
 
     estimator: KLEstimator
     placement: KLPlacement
     coef: float
+    target: float | None = None
+    horizon: float | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -100,10 +109,17 @@ class KLConfig:
         Raises:
             ValueError: A value is out of range.
         """
-        _one_of("kl.estimator", self.estimator, KLEstimator)
-        _one_of("kl.placement", self.placement, KLPlacement)
+        one_of("kl.estimator", self.estimator, KLEstimator)
+        one_of("kl.placement", self.placement, KLPlacement)
         if not 0 <= self.coef < math.inf:
             raise ValueError(f"{KEY}.kl.coef: must be finite and at least 0, got {self.coef}")
+        if (self.target is None) != (self.horizon is None):
+            raise ValueError(f"{KEY}.kl.target, {KEY}.kl.horizon: set both or none")
+        for name, value in (("target", self.target), ("horizon", self.horizon)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{KEY}.kl.{name}: must be finite and above 0, got {value}")
+        if self.target is not None and (self.placement != "reward" or self.coef == 0):
+            raise ValueError(f"{KEY}.kl.target: adapts a coef above 0 with placement: reward; unset it")
 
 
 class PolicyLoss(NamedTuple):
@@ -119,9 +135,110 @@ class PolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PolicyObjective:
+    """What objectives of all online algorithms have: ratio, KL, how tokens are averaged.
+
+    Args:
+        ratio: The clipped importance ratio.
+        kl: The pull towards the reference policy.
+        aggregation: How tokens and answers are weighed.
+        constant_length: Tokens that ``constant`` divides by.
+        entropy_coef: Weight of the entropy bonus.
+    """
+
+    ratio: RatioConfig
+    kl: KLConfig
+    aggregation: Aggregation
+    constant_length: int | None = None
+    entropy_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        one_of("aggregation", self.aggregation, Aggregation)
+        if self.constant_length is not None and self.constant_length < 1:
+            raise ValueError(f"{KEY}.constant_length: must be at least 1 token, got {self.constant_length}")
+        if self.constant_length is not None and self.aggregation != "constant":
+            raise ValueError(
+                f"{KEY}.constant_length: only aggregation: constant divides by it, not {self.aggregation}; remove it"
+            )
+        if not 0 <= self.entropy_coef < math.inf:
+            raise ValueError(f"{KEY}.entropy_coef: must be finite and at least 0, got {self.entropy_coef}")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference policy has to score the answers."""
+        return self.kl.coef > 0
+
+    @property
+    def compares(self) -> bool:
+        """Whether credit comes from comparing the answers to one prompt."""
+        return False
+
+    def policy_loss(
+        self,
+        log_probs: Float[Tensor, "b t"],
+        old_log_probs: Float[Tensor, "b t"],
+        ref_log_probs: Float[Tensor, "b t"] | None,
+        advantages: Float[Tensor, "b t"],
+        mask: Bool[Tensor, "b t"],
+        totals: Totals,
+        constant_length: int | None = None,
+        entropy: Float[Tensor, "b t"] | None = None,
+    ) -> PolicyLoss:
+        """-aggregate(min(rho A, clip(rho) A) - coef kl) (GRPO, 2402.03300 Eq. 3; settings give its relatives).
+
+        Args:
+            log_probs: Under the current policy, with gradient.
+            old_log_probs: Under the policy that sampled the answers (``log_probs.detach()`` at the first update).
+            ref_log_probs: Under the reference. Needed where KL is in the loss; elsewhere, if given, only for ``kl``.
+            advantages: Credit of each token.
+            mask: True where a token counts; what the arguments hold elsewhere changes nothing.
+            totals: Counts of the whole optimizer step over all ranks.
+            constant_length: ``sampling.max_new_tokens``, used where the objective names no length itself.
+            entropy: Of the distributions that the tokens were drawn from, with gradient; read by ``entropy_coef``.
+        """
+        length = self.constant_length if self.constant_length is not None else constant_length
+        if self.aggregation == "constant" and length is None:
+            raise ValueError(f"{KEY}.constant_length: give a number of tokens (usually sampling.max_new_tokens)")
+        in_loss = self.kl.placement == "loss" and self.kl.coef > 0
+        if in_loss and ref_log_probs is None:
+            raise ValueError(f"{KEY}.kl.coef: {self.kl.coef} in the loss needs the reference's log-probs")
+
+        r = self.ratio
+        terms = clipped_policy_loss(
+            log_probs, old_log_probs, advantages, mask, r.level, r.clip_low, r.clip_high, r.dual_clip
+        )
+        surrogate = aggregate(terms.per_token, mask, self.aggregation, totals, length)
+        loss = surrogate
+        metrics = {
+            "policy_loss": surrogate.detach(),
+            "clip_ratio/low_mean": _share(terms.clipped_low, mask, totals),
+            "clip_ratio/high_mean": _share(terms.clipped_high, mask, totals),
+            "clip_ratio/region_mean": _share(terms.clipped_low | terms.clipped_high, mask, totals),
+        }
+        if self.ratio.dual_clip < math.inf:
+            metrics["clip_ratio/dual_mean"] = _share(terms.clipped_dual, mask, totals)
+        if self.entropy_coef:
+            if entropy is None:
+                raise ValueError(f"{KEY}.entropy_coef: {self.entropy_coef} needs the entropy")
+            loss = loss - self.entropy_coef * aggregate(entropy, mask, self.aggregation, totals, length)
+        if ref_log_probs is not None and self.kl.coef > 0:
+            # Masked first: an infinity in the padding would come back as nan in the gradient.
+            kl = kl_estimate(log_probs.where(mask, 0.0), ref_log_probs.where(mask, 0.0), self.kl.estimator)
+            metrics["kl"] = _share(kl.detach(), mask, totals)
+            if in_loss:
+                loss = loss + self.kl.coef * aggregate(kl, mask, self.aggregation, totals, length)
+        return PolicyLoss(loss, metrics)
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
-class Objective:
+class Objective(PolicyObjective):
     """The whole policy-gradient objective: credit, ratio, KL and how tokens are averaged.
 
     Args:
@@ -132,32 +249,15 @@ class Objective:
             every token of the step weighs the same) or ``constant`` (Dr. GRPO: an answer's tokens are summed and
             divided by ``constant_length``).
         constant_length: Tokens that ``constant`` divides by, >= 1. Null: ``sampling.max_new_tokens``.
+        entropy_coef: Weight of the policy's entropy at the sampled tokens, >= 0, added to what is maximised.
     """
 
     advantage: AdvantageConfig
-    ratio: RatioConfig
-    kl: KLConfig
-    aggregation: Aggregation
-    constant_length: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: A value is out of range.
-        """
-        _one_of("aggregation", self.aggregation, Aggregation)
-        if self.constant_length is not None and self.constant_length < 1:
-            raise ValueError(f"{KEY}.constant_length: must be at least 1 token, got {self.constant_length}")
-        if self.constant_length is not None and self.aggregation != "constant":
-            raise ValueError(
-                f"{KEY}.constant_length: only aggregation: constant divides by it, not {self.aggregation}; remove it"
-            )
 
     @property
-    def needs_reference(self) -> bool:
-        """Whether the reference policy has to score the answers."""
-        return self.kl.coef > 0
+    def compares(self) -> bool:
+        """Whether credit comes from comparing the answers to one prompt."""
+        return self.advantage.baseline != "none"
 
     def shaped_rewards(
         self,
@@ -165,6 +265,7 @@ class Objective:
         log_probs: Float[Tensor, "b t"] | None,
         ref_log_probs: Float[Tensor, "b t"] | None,
         mask: Bool[Tensor, "b t"],
+        coef: float | None = None,
     ) -> Float[Tensor, " b"]:
         """r_i - coef sum_t kl_it, detached (InstructGPT, 2203.02155 Eq. 2); ``rewards`` unless KL is in the reward.
 
@@ -173,13 +274,14 @@ class Objective:
             log_probs: Under the policy that sampled the answers; not read (may be None) where KL is not in the reward.
             ref_log_probs: Under the reference; likewise.
             mask: The answers' tokens. Rows without any keep their reward.
+            coef: Takes the place of ``kl.coef``, which may have been adapted.
         """
         if self.kl.placement != "reward" or self.kl.coef == 0:
             return rewards.detach()
         if log_probs is None or ref_log_probs is None:
             raise ValueError(f"{KEY}.kl.coef: {self.kl.coef} in the reward needs the reference's log-probs")
         kl = kl_estimate(log_probs.detach(), ref_log_probs, self.kl.estimator).where(mask, 0.0).sum(-1)
-        return rewards.detach() - self.kl.coef * kl.to(rewards.dtype)
+        return rewards.detach() - (self.kl.coef if coef is None else coef) * kl.to(rewards.dtype)
 
     def advantages(
         self, rewards: Float[Tensor, " b"], valid: Bool[Tensor, " b"], group_size: int
@@ -194,59 +296,13 @@ class Objective:
         a = self.advantage
         return group_advantages(rewards, valid, group_size, a.baseline, a.scale, a.eps)
 
-    def policy_loss(
-        self,
-        log_probs: Float[Tensor, "b t"],
-        old_log_probs: Float[Tensor, "b t"],
-        ref_log_probs: Float[Tensor, "b t"] | None,
-        advantages: Float[Tensor, "b t"],
-        mask: Bool[Tensor, "b t"],
-        totals: Totals,
-        constant_length: int | None = None,
-    ) -> PolicyLoss:
-        """-aggregate(min(rho A, clip(rho) A) - coef kl) (GRPO, 2402.03300 Eq. 3; settings give its relatives).
-
-        Args:
-            log_probs: Under the current policy, with gradient.
-            old_log_probs: Under the policy that sampled the answers (``log_probs.detach()`` at the first update).
-            ref_log_probs: Under the reference. Needed where KL is in the loss; elsewhere, if given, only for ``kl``.
-            advantages: Credit of each token.
-            mask: True where a token counts; what the arguments hold elsewhere changes nothing.
-            totals: Counts of the whole optimizer step over all ranks.
-            constant_length: ``sampling.max_new_tokens``, used where the objective names no length itself.
-        """
-        length = self.constant_length if self.constant_length is not None else constant_length
-        if self.aggregation == "constant" and length is None:
-            raise ValueError(f"{KEY}.constant_length: give a number of tokens (usually sampling.max_new_tokens)")
-        in_loss = self.kl.placement == "loss" and self.kl.coef > 0
-        if in_loss and ref_log_probs is None:
-            raise ValueError(f"{KEY}.kl.coef: {self.kl.coef} in the loss needs the reference's log-probs")
-
-        terms = clipped_policy_loss(
-            log_probs, old_log_probs, advantages, mask, self.ratio.level, self.ratio.clip_low, self.ratio.clip_high
-        )
-        surrogate = aggregate(terms.per_token, mask, self.aggregation, totals, length)
-        loss = surrogate
-        metrics = {
-            "policy_loss": surrogate.detach(),
-            "clip_ratio/low_mean": _share(terms.clipped_low, mask, totals),
-            "clip_ratio/high_mean": _share(terms.clipped_high, mask, totals),
-            "clip_ratio/region_mean": _share(terms.clipped_low | terms.clipped_high, mask, totals),
-        }
-        if ref_log_probs is not None and self.kl.coef > 0:
-            # Masked first: an infinity in the padding would come back as nan in the gradient.
-            kl = kl_estimate(log_probs.where(mask, 0.0), ref_log_probs.where(mask, 0.0), self.kl.estimator)
-            metrics["kl"] = _share(kl.detach(), mask, totals)
-            if in_loss:
-                loss = loss + self.kl.coef * aggregate(kl, mask, self.aggregation, totals, length)
-        return PolicyLoss(loss, metrics)
-
 
 def _share(x: Tensor, mask: Bool[Tensor, "b t"], totals: Totals) -> Float[Tensor, ""]:
     """This micro-batch's share of the mean over the step's tokens."""
     return aggregate(x if x.is_floating_point() else x.to(torch.get_default_dtype()), mask, "token_mean", totals)
 
 
-def _one_of(key: str, value: str, choices: Any) -> None:
+def one_of(key: str, value: str, choices: Any) -> None:
+    """See that a value is one of a Literal's."""
     if value not in get_args(choices):
         raise ValueError(f"{KEY}.{key}: {value!r} is none of {', '.join(get_args(choices))}")

@@ -163,18 +163,18 @@ class Policy(nn.Module):
         mask: Bool[Tensor, "b t"],
         temperature: float,
         *,
-        with_entropy: bool = False,
         adapters: bool = True,
+        **entropy: bool,
     ) -> TokenLogProbs:
         """Log p(token i+1 | tokens up to i) at ``temperature`` where ``mask`` is True, 0 elsewhere; fp32 ``[b, t]``.
 
-        Rows of one prompt compute it once, where the architecture allows. Only masked positions reach the
-        vocabulary head.
+        Rows of one prompt compute it once, where the architecture allows. Only masked positions reach the vocabulary
+        head. ``entropy``: as :func:`lit_posttrain.scoring.log_probs`.
         """
         network = causal_lm(self._view().module)
         packed = self.packs(int(sequences.lengths.max()))
         with _adapters(network, adapters):
-            return scoring.log_probs(network, sequences, mask, temperature, packed=packed, with_entropy=with_entropy)
+            return scoring.log_probs(network, sequences, mask, temperature, packed=packed, **entropy)
 
     def packs(self, longest: int) -> bool:
         """Whether sequences of up to so many tokens go through the network in packed rows; says so where not."""

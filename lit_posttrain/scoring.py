@@ -25,6 +25,7 @@ def log_probs(
     *,
     packed: bool,
     with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> TokenLogProbs:
     """Log p(token i+1 | tokens up to i) at ``temperature`` where ``mask`` is True, 0 elsewhere; fp32 ``[b, t]``.
 
@@ -34,20 +35,37 @@ def log_probs(
         mask: Positions to score.
         temperature: Logits are divided by it.
         packed: Compute a prompt that several rows share once.
-        with_entropy: Also the entropy of each scored distribution, without gradient.
+        with_entropy: Also the entropy of each scored distribution.
+        entropy_gradient: Whether gradients flow through it.
     """
+    entropy = {"with_entropy": with_entropy, "entropy_gradient": entropy_gradient}
+    return states_and_log_probs(network, sequences, mask, temperature, packed=packed, **entropy)[1]
+
+
+def states_and_log_probs(
+    network: PreTrainedModel,
+    sequences: Sequences,
+    mask: Bool[Tensor, "b t"],
+    temperature: float,
+    *,
+    packed: bool,
+    with_entropy: bool = False,
+    entropy_gradient: bool = False,
+) -> tuple[Float[Tensor, "n d"], TokenLogProbs]:
+    """The same, after the states of the masked positions, row by row."""
     head = network.get_output_embeddings()
     assert head is not None, "a causal LM has a vocabulary head"
-    arguments: dict[str, Any] = {"bias": getattr(head, "bias", None), "with_entropy": with_entropy}
-    arguments |= _logit_transform(network.config)
+    arguments: dict[str, Any] = {"with_entropy": with_entropy, "entropy_gradient": entropy_gradient}
+    arguments |= {"bias": getattr(head, "bias", None), **_logit_transform(network.config)}
     if not packed or not bool(mask.any()):
         hidden = _padded_states(network, sequences)
-        return token_log_probs(hidden, head.weight, sequences.ids, temperature, mask=mask, **arguments)
+        scored = token_log_probs(hidden, head.weight, sequences.ids, temperature, mask=mask, **arguments)
+        return hidden[:, :-1][mask], scored
     states, targets = states_at(network, sequences, pad(mask, (0, 1)), packed=True), sequences.ids[:, 1:][mask]
     # As one sequence whose state i predicts token i + 1, so that the shift stays in one place.
-    states, targets = torch.cat((states, states[:1]))[None], torch.cat((targets[:1], targets))[None]
-    flat = token_log_probs(states, head.weight, targets, temperature, **arguments)
-    return TokenLogProbs(
+    line, targets = torch.cat((states, states[:1]))[None], torch.cat((targets[:1], targets))[None]
+    flat = token_log_probs(line, head.weight, targets, temperature, **arguments)
+    return states, TokenLogProbs(
         *(None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for x in flat)  # pyright: ignore[reportArgumentType]
     )
 

@@ -143,6 +143,21 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         parameter.grad.div_(world_size())
 
 
+def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """The gradients, which the parameters then have no more."""
+    taken = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return taken
+
+
+def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    """Add gradients that were taken away."""
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, by rank; tensors among them on the CPU."""
     if world_size() == 1:

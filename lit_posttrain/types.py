@@ -4,11 +4,14 @@ Everything that crosses a DataLoader is a NamedTuple: Lightning moves those betw
 frozen dataclasses.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from lit_posttrain.functional.masked import Totals
 
 StopReason = Literal["stop", "length"]
 VerdictStatus = Literal["scored", "invalid", "not_applicable"]
@@ -197,13 +200,31 @@ class Loss(NamedTuple):
     extremes: dict[str, Tensor]
 
 
+class Stream(NamedTuple):
+    """Micro-batches that an optimizer step goes through with one loss; the gradients of all its streams add up.
+
+    Attributes:
+        name: In logs.
+        micro_batches: This rank's share.
+        totals: Counts of the whole step over all ranks, known before the first backward.
+        loss: Called on each micro-batch with ``totals``.
+        idle_columns: What columns an idle micro-batch needs.
+    """
+
+    name: str
+    micro_batches: Sequence[MicroBatch]
+    totals: Totals
+    loss: Callable[[MicroBatch, Totals], Loss]
+    idle_columns: dict[str, Tensor]
+
+
 class StepResult(NamedTuple):
     """What one optimizer step did, reduced over micro-batches and ranks.
 
     Attributes:
         metrics: Means over the step's tokens or sequences, ``loss`` among them.
         extremes: Largest values.
-        grad_norm: Norm before clipping.
+        grad_norm: Norm before clipping, over all parameter groups.
         applied: False where the gradient was not finite and the step was left out.
     """
 

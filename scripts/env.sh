@@ -50,6 +50,13 @@ lp_install() {
     lp_pip $options "$requirement" || lp_fail "pip could not install $requirement (its message is above)"
     lp_say "2/2 installing lit_posttrain and its dependencies [$extras]: a few minutes, once"
     lp_pip --editable ".[$extras]" || lp_fail "pip could not install the dependencies (its message is above)"
+    case ",$extras," in
+        *,dev,*)  # the last release with PPO, read by tests; beside the present one and without what it depends on
+            rm -rf .venv/peers
+            .venv/bin/python -m pip install -qq --disable-pip-version-check --no-deps \
+                --target .venv/peers/trl-1.12 trl==1.12.0 || lp_fail "pip could not install trl 1.12 for the tests"
+            ;;
+    esac
 }
 
 lp_environment() {

@@ -1,8 +1,9 @@
 """Reproduce one claim: python scripts/reproduce.py E0. Check all recorded results: python scripts/reproduce.py check.
 
 A run prints the claim, the criterion, the figures of every seed and the verdict, writes them to
-logs/reproduce/<ID>/result.json and exits with 0 if the claim held, else 1. ``check`` judges the recorded figures again
-and compares the experiment's source with the one that made them: it exits with 1 where either has changed.
+logs/reproduce/<ID>/result.json (some with a picture) and exits with 0 if the claim held, else 1. ``check`` judges the
+recorded figures again and compares the experiment's source with the one that made them: it exits with 1 where either
+has changed.
 """
 
 import argparse
@@ -83,6 +84,8 @@ def reproduce(identifier: str, seeds: list[int] | None, quick: bool, output: Pat
         path = folder / identifier / "result.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n")
+        if hasattr(module, "plot"):
+            module.plot(figures, path.with_name(f"{identifier.lower()}.png"))
         print(f"Recorded in {path}")
     return verdict
 

@@ -21,19 +21,20 @@ _OTHER_FORMS = ("{}", "I think it could be {}", "largest: {}!", "The answer, aft
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Write ``demonstrations.jsonl``, ``comparisons.jsonl`` and ``pairs.jsonl``."""
+    """Write demonstrations, comparisons and pairs, and for PPO prompts and pretraining text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("logs/route"))
     parser.add_argument("--demonstrations", type=int, default=1000)
     parser.add_argument("--comparisons", type=int, default=1500)
     parser.add_argument("--pairs", type=int, default=3000)
+    parser.add_argument("--prompts", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(words)
     given.out.mkdir(parents=True, exist_ok=True)
-    makers = {"demonstrations": _demonstration, "comparisons": _comparison, "pairs": _pair}
-    for name, make in makers.items():
+    makers = {"demonstrations": _demonstration, "comparisons": _comparison, "pairs": _pair, "prompts": _prompt}
+    for name, make in (*makers.items(), ("pretraining", None)):
         rng = random.Random(f"{given.seed} {name}")
-        rows = [make(rng) for _ in range(getattr(given, name))]
+        rows = [make(rng) for _ in range(getattr(given, name))] if make else _texts()
         file = given.out / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         print(f"{file}: {len(rows)} rows")
@@ -47,6 +48,13 @@ def gold(prompt: str, answer: str) -> int:
     right = len(named) == 1 and int(named[0]) == max(numbers, default=-1)
     formed = len(named) == 1 and answer.strip() == _FORM.format(named[0])
     return 2 * right + formed
+
+
+def gold_reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+    """The same of every answer, for ``lit_posttrain.rewards.PythonReward``."""
+    questions = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
+    answers = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(gold(q, a)) for q, a in zip(questions, answers, strict=True)]
 
 
 def gold_judge(prompts: list[str], first: list[str], second: list[str]) -> list[float]:
@@ -82,6 +90,18 @@ def _pair(rng: random.Random) -> dict[str, Any]:
     question, right, wrong = _question(rng)
     chosen, rejected = _assistant(right, _FORM), _assistant(wrong, _FORM)
     return {"prompt": [_user(question)], "chosen": [chosen], "rejected": [rejected]}
+
+
+def _prompt(rng: random.Random) -> dict[str, Any]:
+    question, right, _ = _question(rng)
+    return {"question": question, "answer": right}
+
+
+def _texts() -> list[dict[str, Any]]:
+    """English prose that every Python has on disk: the topics of its language reference."""
+    from pydoc_data.topics import topics
+
+    return [{"text": topics[name]} for name in sorted(topics)]
 
 
 def _question(rng: random.Random) -> tuple[str, str, str]:

@@ -10,8 +10,12 @@ import pytest
 import yaml
 from offline_runs import demonstration, labelled, pair, ranking, write
 from tiny_runs import scalars, write_questions
+from transformers import AutoTokenizer
 
 from lit_posttrain import cli
+from lit_posttrain.export_scores import write_tokenizer
+from lit_posttrain.policy import PolicyConfig
+from lit_posttrain.scalar_heads import ScoreNetwork
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 HARDWARE = sorted((CONFIGS / "hardware").glob("*.yaml"))
@@ -32,7 +36,9 @@ ONLINE = shlex.split("""
 --model.init_args.sampling.max_new_tokens=4 --model.init_args.group_size=4 --model.init_args.evaluation.samples=2
 """)
 SHOWN = shlex.split("--model.init_args.generations.prompts=2 --model.init_args.generations.max_new_tokens=4")
-FIXED_DATA = ["--data.init_args.dataset=rows.jsonl", "--data.init_args.held_out_percent=30"]
+FIXED_DATA = shlex.split("""
+--data.init_args.dataset=rows.jsonl --data.init_args.held_out_percent=30 --data.init_args.column_map=null
+""")
 LOCAL_DATA = {"dataset": "questions.jsonl", "subset": None, "val_split": None, "held_out_percent": 30, "val_size": 2}
 
 
@@ -42,7 +48,7 @@ def small(model: Path, experiment: dict[str, Any]) -> list[str]:
     if algorithm == "WinRate":
         return [*words, *SHOWN, *FIXED_DATA, f"--model.init_args.opponent.model={model}"]
     words += STEPS
-    if algorithm != "GRPO":
+    if algorithm not in ("GRPO", "PPO"):
         return [*words, *FIXED_DATA, *(SHOWN if algorithm in ("SFT", "DPO", "KTO") else [])]
     words += ONLINE
     if "dataset" in experiment["data"]["init_args"]:
@@ -103,7 +109,7 @@ def test_an_experiment_parses_alone_and_says_how_to_run_it(path: Path, capsys: p
 
 
 ROWS = {"SupervisedExamples": demonstration, "Preferences": ranking, "UnpairedPreferences": labelled}
-OFFLINE = [p for p in EXPERIMENTS if algorithm_of(read(p)) != "GRPO"]
+OFFLINE = [p for p in EXPERIMENTS if algorithm_of(read(p)) not in ("GRPO", "PPO")]
 
 
 @pytest.mark.parametrize("path", OFFLINE, ids=[str(p.relative_to(CONFIGS)) for p in OFFLINE])
@@ -129,7 +135,28 @@ def test_an_experiment_on_fixed_examples_runs_two_steps_on_the_tiny_model(
     assert (run / "config.yaml").is_file()
 
 
-RL = [p for p in EXPERIMENTS if algorithm_of(read(p)) == "GRPO"]
+RL = [p for p in EXPERIMENTS if algorithm_of(read(p)) in ("GRPO", "PPO")]
+
+
+def with_local_networks(text: str, tiny_model: Path) -> str:
+    """A PPO experiment with a tiny reward model for its own, and a few texts for its pretraining data."""
+    experiment = yaml.safe_load(text)
+    if algorithm_of(experiment) != "PPO":
+        return text
+    ScoreNetwork(PolicyConfig(model=str(tiny_model), compute_dtype="float32")).save_pretrained("reward")
+    write_tokenizer(AutoTokenizer.from_pretrained(tiny_model), Path("reward"))
+    arguments = experiment["model"]["init_args"]
+    if "model" in arguments["critic"]:
+        arguments["critic"]["model"] = "reward"
+    for reward in arguments["rewards"]:
+        if "model" in reward["init_args"]:
+            reward["init_args"]["model"] = "reward"
+    if "ptx" in arguments:
+        write(Path("text.jsonl"), lambda i: {"text": f"{i} and {i * 7}" * (i % 9 + 1)}, 64)
+        text_data = arguments["ptx"]["data"]["init_args"]
+        text_data.pop("subset", None)
+        text_data |= {"dataset": "text.jsonl", "batch_size": int(arguments["ptx"]["ratio"] * 16)}  # 4 prompts x 4
+    return yaml.safe_dump(experiment)
 
 
 @pytest.mark.parametrize("path", RL, ids=[str(p.relative_to(CONFIGS)) for p in RL])
@@ -144,13 +171,14 @@ def test_an_experiment_runs_two_iterations_on_the_tiny_model(
     rows = write_questions(Path("questions.jsonl"), 20).read_text()
     rows = rows.replace('"question"', f'"{columns.get("prompt", "question")}"')
     Path("questions.jsonl").write_text(re.sub(r'("answer": ")', rf"\1because {after} ", rows) if after else rows)
-    Path("experiment.yaml").write_text(text)
+    Path("experiment.yaml").write_text(with_local_networks(text, tiny_model))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cli.main(["fit", "--config", "experiment.yaml", *small(tiny_model, given)])
     (run,) = Path("logs").glob("*/version_0")
     curves = scalars(run.parent)
     assert [step for step, _ in curves["train/reward"]] == [1, 2]
+    assert ("train/loss/ptx" in curves) == ("ptx" in given["model"]["init_args"])
     assert [step for step, _ in curves["eval/pass@1"]] == [1, 2]
     assert (run / "checkpoints" / "step-2").is_dir()
     assert (run / "config.yaml").is_file()
@@ -215,6 +243,54 @@ def test_instructgpt() -> None:
     assert read(CONFIGS / "reward_model/instructgpt.yaml")["trainer"]["max_epochs"] == 1
     assert (model["optimizer"]["init_args"]["lr"], data["batch_size"], model["normalise"]) == (9e-6, 64, True)
     assert model["scheduler"]["init_args"] == {"decay": "cosine", "final_ratio": 0.1}
+
+
+@pytest.mark.parametrize("ptx", [False, True])
+def test_instructgpt_ppo(ptx: bool) -> None:
+    """2203.02155 Eq. 2 and appendix C.4."""
+    path = CONFIGS / f"ppo/instructgpt_ppo{'_ptx' * ptx}.yaml"
+    model, data = arguments(path)
+    assert (data["batch_size"], model.get("group_size", 1), model["num_minibatches"], model["num_epochs"]) == (
+        512,
+        1,
+        8,
+        1,
+    )
+    assert model["objective"]["kl"] == {"estimator": "k1", "placement": "reward", "coef": 0.02}
+    assert model["objective"]["ratio"] == {"level": "token", "clip_low": 0.2, "clip_high": 0.2}
+    assert (model["objective"]["gae"]["gamma"], model["sampling"]["temperature"], model["ema_decay"]) == (
+        1.0,
+        1.0,
+        0.992,
+    )
+    assert (model["critic"]["model"], model["critic"]["lr"]) == ("models/instructgpt-rm", 9e-6)
+    assert model["scheduler"]["init_args"] == {"decay": "constant", "warmup_steps": 10, "warmup_ratio": 0.1}
+    assert read(path)["trainer"]["max_steps"] * 512 == 256_000
+    assert ("ptx" in model) == ptx
+    if ptx:
+        assert (model["ptx"]["coef"], model["ptx"]["ratio"]) == (27.8, 8)
+
+
+def test_ziegler_ppo() -> None:
+    """1909.08593 section 2.2 and its released code."""
+    model, _ = arguments(CONFIGS / "ppo/ziegler_ppo.yaml")
+    kl = model["objective"]["kl"]
+    assert (kl["coef"], kl["target"], kl["horizon"], kl["placement"]) == (0.15, 6.0, 10_000, "reward")
+    assert (model["num_epochs"], model["num_minibatches"], model["critic"]) == (4, 1, {"shared": True})
+    assert model["objective"]["gae"] == {"gamma": 1.0, "lam": 0.95, "whiten_advantages": True, "whiten_rewards": True}
+    assert model["objective"]["value"] == {"coef": 0.1, "clip": 0.2}
+    assert model["optimizer"]["init_args"]["lr"] == 1e-5
+    assert model["scheduler"]["init_args"] == {"decay": "linear"}
+
+
+def test_nplus_ppo() -> None:
+    """2403.17031."""
+    model, data = arguments(CONFIGS / "ppo/nplus_ppo.yaml")
+    assert (model["objective"]["kl"]["coef"], model["objective"]["missing_eos_reward"]) == (0.05, -1.0)
+    assert not model["objective"]["gae"]["whiten_rewards"]
+    assert (model["optimizer"]["init_args"]["lr"], model["optimizer"]["init_args"]["eps"]) == (3e-6, 1e-5)
+    assert model["scheduler"]["init_args"] == {"decay": "linear"}
+    assert (model["sampling"]["temperature"], model["num_epochs"], data["batch_size"]) == (0.7, 4, 512)
 
 
 def test_dpo() -> None:

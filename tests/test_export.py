@@ -80,7 +80,7 @@ def test_adapters_are_merged(config, tmp_path, only):
 def test_a_folder_that_reads_back_differently_is_not_left_behind(config, tmp_path, monkeypatch):
     run = save_run(tmp_path / "version_0", trained(config))
     monkeypatch.setattr(Policy, "save_pretrained", lambda self, out: Policy(config).model.save_pretrained(out))
-    with pytest.raises(ValueError, match="other logits than the checkpoint"):
+    with pytest.raises(ValueError, match="other numbers than the checkpoint"):
         export(str(run), str(tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["version_0"]
 
@@ -149,4 +149,32 @@ def test_nothing_is_overwritten(config, tmp_path):
 
 def test_the_policy_is_described_as_the_run_was(config, tmp_path):
     policy = Policy(PolicyConfig(model=config.model, tokenizer=config.model, lora=LoraConfig(r=3, alpha=5)))
-    assert policy_config(save_run(tmp_path / "version_0", policy)) == policy.config
+    assert policy_config(save_run(tmp_path / "version_0", policy)) == (policy.config, Policy)
+
+
+def test_a_moving_average_is_what_is_exported(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """After two steps it is d^2 w0 + d (1 - d) w1 + (1 - d) w2; the last weights on request; no critic in either."""
+    from ppo_runs import ppo
+    from tiny_runs import Watch, fit, prompts, weights
+
+    from lit_posttrain.callbacks import CheckpointEvery
+    from lit_posttrain.critic import CriticConfig
+
+    seen: list[dict[str, torch.Tensor]] = []
+    watch = Watch(lambda trainer, module: seen.append(weights(module)))
+    module = ppo(tiny_model, lr=0.1, ema_decay=0.75, critic=CriticConfig(shared=True))
+    fit(module, prompts(tiny_model, tmp_path), tmp_path, watch, CheckpointEvery(2), max_steps=2)
+    given = {"policy": {"model": str(tiny_model)}, "critic": {"shared": True}}
+    model = {"class_path": "lit_posttrain.algorithms.PPO", "init_args": given}
+    (tmp_path / "version_0" / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 1, "model": model}))
+    start = dict(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).named_parameters())
+    words = ["export", "--checkpoint", str(tmp_path / "version_0"), "--out"]
+    cli.dispatch([*words, str(tmp_path / "average")], lambda: (object, object))
+    assert "moving average" in capsys.readouterr().out
+    cli.dispatch([*words, str(tmp_path / "last"), "--last_weights"], lambda: (object, object))
+    assert "moving average" not in capsys.readouterr().out
+    for name, parameter in AutoModelForCausalLM.from_pretrained(tmp_path / "average").named_parameters():
+        expected = 0.5625 * start[name] + 0.1875 * seen[0][name] + 0.25 * seen[1][name]
+        torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=1e-5)
+    for name, parameter in AutoModelForCausalLM.from_pretrained(tmp_path / "last").named_parameters():
+        torch.testing.assert_close(parameter.detach(), seen[1][name])

@@ -25,7 +25,9 @@ LAYERS = [
     ["reference_cache"],
     ["export_scores"],
     ["scalar_heads"],
+    ["critic"],
     ["objective"],
+    ["ppo_objective"],
     ["data"],
     ["sandbox"],
     ["rewards"],
@@ -112,7 +114,7 @@ def test_imports_point_up() -> None:
 
 def test_algorithms_do_not_import_each_other() -> None:
     shared = {"base", "evaluation", "generations", "measures", "offline", "online", "preference", "reporting"}
-    shared |= {"samples", "sampling"}
+    shared |= {"averaging", "pretraining", "samples", "sampling", "watching"}
     wrong = [
         f"{place} imports {name}"
         for place, here, source, name in edges()

@@ -115,5 +115,14 @@ def test_difficulty_weights_in_closed_form(reproduce: ModuleType, p: float, weig
 
 
 def test_an_unknown_claim_lists_the_known(reproduce: ModuleType) -> None:
-    with pytest.raises(ValueError, match="E0, E7a, E8"):
+    with pytest.raises(ValueError, match="E0, E13, E7a, E8"):
         reproduce.load("E99")
+
+
+def test_ppo_on_the_enumerable_model(reproduce: ModuleType, tmp_path: Path) -> None:
+    """Fifty steps tell k1 in the reward from k3 in the loss already, and leave a picture."""
+    assert reproduce.main(["E13", "--quick", "--seeds", "0", "--output", str(tmp_path)]) == 1
+    (f,) = recorded(tmp_path, "E13")["seeds"]
+    assert f["J_k1_reward"] > f["J_k3_loss"] + 0.01
+    assert f["J_k1_reward"] > 0.7
+    assert (tmp_path / "E13" / "e13.png").stat().st_size > 5000

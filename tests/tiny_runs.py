@@ -171,16 +171,19 @@ class Recorder:
     def __init__(self, module: Any):
         self.updates: list[list[Any]] = []
         self.results: list[StepResult] = []
-        optimize, loss = module.optimize, module.loss
+        optimize = module.optimize
 
-        def recording(batches: Any, totals: Any, function: Any, **kwargs: Any) -> StepResult:
+        def recording(streams: Any, **kwargs: Any) -> StepResult:
             self.updates.append([])
-            self.results.append(optimize(batches, totals, wrapped, **kwargs))
+            self.results.append(optimize([s._replace(loss=wrapped(s.loss)) for s in streams], **kwargs))
             return self.results[-1]
 
-        def wrapped(batch: Any, totals: Any) -> Any:
-            self.updates[-1].append((batch, totals))
-            return loss(batch, totals)
+        def wrapped(loss: Any) -> Any:
+            def recorded(batch: Any, totals: Any) -> Any:
+                self.updates[-1].append((batch, totals))
+                return loss(batch, totals)
+
+            return recorded
 
         module.optimize = recording
 

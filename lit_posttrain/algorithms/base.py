@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,15 +19,17 @@ from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
 from lit_posttrain.precision import describe_hardware
 from lit_posttrain.schedules import Schedule
 from lit_posttrain.sharding import (
+    add_gradients,
     all_reduce_sum,
     average_gradients,
     full_tensor,
     prime,
     same_number,
     shard,
+    take_gradients,
     world_size,
 )
-from lit_posttrain.types import Loss, MicroBatch, StepResult
+from lit_posttrain.types import Loss, MicroBatch, StepResult, Stream
 
 MOST_BAD_STEPS = 3
 
@@ -99,7 +101,7 @@ class PostTrainModule(Reporting, ABC):
         policy = self.built_policy()
         named = policy.trainable()
         gates.require_trainable(name for name, _ in named)
-        optimizer = self.make_optimizer([p for _, p in named])
+        optimizer = self.make_optimizer(self.parameter_groups())
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         gates.require_trainable(name for name, p in named if id(p) in owned)
         if self.make_scheduler is None:
@@ -110,6 +112,14 @@ class PostTrainModule(Reporting, ABC):
         if isinstance(schedule, Schedule) and self.trainer.state.fn == "fit":
             schedule.run_for(self._run_length())
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def parameter_groups(self) -> list[Any]:
+        """What the optimizer gets: the policy's trainable parameters, or groups that each have a ``name``."""
+        return [p for _, p in self.built_policy().trainable()]
+
+    def sync_views(self) -> None:
+        """Re-make every compute view; called after every change of parameters."""
+        self.built_policy().sync()
 
     def _run_length(self) -> int:
         """Iterations of the whole run, of ``max_steps`` or else of the data and ``max_epochs``."""
@@ -141,38 +151,42 @@ class PostTrainModule(Reporting, ABC):
 
     # --- one optimizer step -----------------------------------------------------------------------------------
 
-    def optimize(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        totals: Totals,
-        loss: Callable[[MicroBatch, Totals], Loss],
-        *,
-        last: bool,
-        idle_columns: dict[str, Tensor],
-    ) -> StepResult:
-        """One optimizer step: forward and backward of each micro-batch, clip, step.
+    def optimize(self, streams: Sequence[Stream], *, last: bool, still: Container[str] = ()) -> StepResult:
+        """One optimizer step: forward and backward of each stream's micro-batches, clip, step.
+
+        Each parameter group is clipped by its own norm. Of several streams the norm of every one's gradient is
+        measured, which keeps a second copy of the gradients.
 
         Args:
-            micro_batches: This rank's share.
-            totals: Counts of the whole step over all ranks, known before the first backward.
-            loss: Called on each micro-batch.
+            streams: The first one's metrics are the step's; metrics of the others must have other names.
             last: Ends the iteration: steps through Lightning, whose ``global_step`` counts iterations, and moves the
                 schedule on.
-            idle_columns: What columns an idle micro-batch needs.
+            still: Names of parameter groups that this step leaves as they are.
         """
         wrapper = self.optimizers()
         assert not isinstance(wrapper, list)
         raw = wrapper.optimizer
         raw.zero_grad(set_to_none=True)
-        metrics, extremes = self._accumulate(micro_batches, totals, loss, idle_columns)
-        parameters = [p for group in raw.param_groups for p in group["params"]]
-        for p in parameters:
-            # Left-out groups have a gradient of exactly zero, and momentum must see it.
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if isinstance(self.trainer.strategy, DDPStrategy):
-            average_gradients(parameters)
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
-        norm = float(full_tensor(nn.utils.clip_grad_norm_(parameters, limit)))
+        groups = [group for group in raw.param_groups if group.get("name", "policy") not in still]
+        parameters = [p for group in groups for p in group["params"]]
+        metrics: dict[str, Tensor] = {}
+        extremes: dict[str, Tensor] = {}
+        apart: dict[str, float] = {}
+        for stream in streams:
+            held = take_gradients(parameters) if apart or len(streams) > 1 else None
+            self._accumulate(stream, metrics, extremes)
+            if held is not None:
+                apart[f"grad_norm/{stream.name}"] = self._own_norm(parameters)
+                add_gradients(parameters, held)
+        for group in raw.param_groups:
+            for p in group["params"]:
+                # Left-out answers have a gradient of exactly zero, and momentum must see it.
+                p.grad = (
+                    None if group.get("name", "policy") in still else torch.zeros_like(p) if p.grad is None else p.grad
+                )
+        self._average(parameters)
+        norms = self._clip(groups)
+        norm = sum(n**2 for n in norms.values()) ** 0.5 if len(norms) > 1 else next(iter(norms.values()))
         applied = norm == norm and norm != float("inf")
         self._count_bad_step(applied)
         if not applied:
@@ -182,24 +196,33 @@ class PostTrainModule(Reporting, ABC):
             self._step_schedule()
         elif applied:
             raw.step()
-        self.built_policy().sync()
-        return StepResult(*self._reduce(metrics, extremes), norm, applied)
+        self.sync_views()
+        reduced, largest = self._reduce(metrics, extremes)
+        named = {f"grad_norm/{name}": n for name, n in norms.items()} if len(norms) > 1 else {}
+        return StepResult({**reduced, **apart, **named}, largest, norm, applied)
 
-    def _accumulate(
-        self,
-        micro_batches: Sequence[MicroBatch],
-        totals: Totals,
-        loss: Callable[[MicroBatch, Totals], Loss],
-        idle_columns: dict[str, Tensor],
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        metrics: dict[str, Tensor] = {}
-        extremes: dict[str, Tensor] = {}
+    def _clip(self, groups: list[dict[str, Any]]) -> dict[str, float]:
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        by_name: dict[str, list[nn.Parameter]] = {}
+        for group in groups:
+            by_name.setdefault(group.get("name", "policy"), []).extend(group["params"])
+        return {name: float(full_tensor(nn.utils.clip_grad_norm_(ps, limit))) for name, ps in by_name.items()}
+
+    def _average(self, parameters: Sequence[nn.Parameter]) -> None:
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            average_gradients(parameters)
+
+    def _own_norm(self, parameters: Sequence[nn.Parameter]) -> float:
+        self._average(parameters)
+        return float(full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])))
+
+    def _accumulate(self, stream: Stream, metrics: dict[str, Tensor], extremes: dict[str, Tensor]) -> None:
         model = self.trainer.model
         # Gradients are averaged by hand after the last backward, so DDP's own reducer stays out of it.
         unsynced = model.no_sync() if isinstance(self.trainer.strategy, DDPStrategy) else nullcontext()  # pyright: ignore
         with unsynced:
-            for batch in same_number(micro_batches, idle_columns, self.device):
-                out = loss(to_device(batch, self.device), totals)
+            for batch in same_number(stream.micro_batches, stream.idle_columns, self.device):
+                out = stream.loss(to_device(batch, self.device), stream.totals)
                 # Gradients are averaged over ranks, and the loss is a sum over them.
                 self.manual_backward(out.loss * world_size())
                 for name, value in {"loss": out.loss.detach(), **out.metrics}.items():
@@ -207,7 +230,6 @@ class PostTrainModule(Reporting, ABC):
                 for name, value in out.extremes.items():
                     extremes[name] = torch.maximum(extremes[name], value) if name in extremes else value
                 self.advance()
-        return metrics, extremes
 
     def _reduce(
         self, metrics: dict[str, Tensor], extremes: dict[str, Tensor]
@@ -242,23 +264,23 @@ class PostTrainModule(Reporting, ABC):
     def on_fit_start(self) -> None:
         """Say what was found, and make the compute view of whatever was loaded."""
         self.announce_hardware()
-        self.built_policy().sync()
+        self.sync_views()
 
     def on_train_start(self) -> None:
         """Weights of a checkpoint may have arrived after ``on_fit_start``."""
-        self.built_policy().sync()
+        self.sync_views()
 
     def on_validation_start(self) -> None:
         """A stand-alone validation has no other place to make the view."""
-        self.built_policy().sync()
+        self.sync_views()
 
     def on_test_start(self) -> None:
         """Likewise."""
-        self.built_policy().sync()
+        self.sync_views()
 
     def on_predict_start(self) -> None:
         """Likewise."""
-        self.built_policy().sync()
+        self.sync_views()
 
     def announce_hardware(self) -> None:
         """One line: hardware, precision, number of trained parameters."""
@@ -296,7 +318,8 @@ class PostTrainModule(Reporting, ABC):
         checkpoint["lit_posttrain"] = self.counters()
         if self.policy_config.lora is not None:
             kept = self.built_policy().saved_with_adapters()
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept or not k.startswith("policy.")}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the counters until the policy is on its device."""

@@ -1,13 +1,16 @@
 """GRPO and its relatives: everything that tells them apart is in the objective."""
 
-from typing import final
+from typing import Any, final
 
-from jaxtyping import Float
 from torch import Tensor
 
 from lit_posttrain.algorithms.online import OnlineModule
 from lit_posttrain.functional.masked import Totals
+from lit_posttrain.objective import Objective
+from lit_posttrain.policy import PolicyConfig
+from lit_posttrain.rewards.base import RewardFunction
 from lit_posttrain.rollout.collect import Rollout
+from lit_posttrain.rollout.engine import SamplingParams
 from lit_posttrain.types import Loss, MicroBatch
 
 
@@ -19,26 +22,38 @@ class GRPO(OnlineModule):
     (2402.14740) and DeepSeek-R1-Zero (2501.12948) are settings of ``objective``.
     """
 
-    def advantages(
-        self, rollout: Rollout, log_probs: Tensor | None, ref_log_probs: Tensor | None
-    ) -> Float[Tensor, " b"]:
+    objective: Objective  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        objective: Objective,
+        rewards: list[RewardFunction],
+        sampling: SamplingParams,
+        group_size: int,
+        **kwargs: Any,
+    ):
+        """As :class:`~lit_posttrain.algorithms.online.OnlineModule`.
+
+        Args:
+            policy: The network that is trained.
+            objective: Advantage, ratio, KL and aggregation.
+            rewards: Judge the samples; their weighted scores add up to the reward.
+            sampling: How completions are drawn.
+            group_size: Completions of each prompt.
+            **kwargs: Further arguments.
+        """
+        super().__init__(policy, objective, rewards, sampling, group_size, **kwargs)
+
+    def credit(self, rollout: Rollout, scored: dict[str, Tensor]) -> dict[str, Tensor]:
         """A_i from the group's rewards, KL subtracted first where the objective puts it in the reward."""
         judgement = rollout.judgement
-        rewards = self.objective.shaped_rewards(judgement.rewards, log_probs, ref_log_probs, rollout.mask)
-        return self.objective.advantages(rewards, judgement.valid, self.group_size)
+        old, ref = scored.get("old_log_probs"), scored.get("ref_log_probs")
+        rewards = self.objective.shaped_rewards(judgement.rewards, old, ref, rollout.mask, self.kl_coef)
+        advantages = self.objective.advantages(rewards, judgement.valid, self.group_size)
+        return {"advantages": advantages[:, None] * rollout.mask}
 
     def loss(self, batch: MicroBatch, totals: Totals) -> Loss:
         """The objective on one micro-batch."""
-        log_probs, old, sums, extremes = self.loss_inputs(batch)
-        out = self.objective.policy_loss(
-            log_probs,
-            old,
-            batch.columns.get("ref_log_probs"),
-            batch.columns["advantages"],
-            batch.mask,
-            totals,
-            self.sampling.max_new_tokens,
-        )
-        tokens = max(totals.tokens, 1.0)
-        shares = {name: value / tokens for name, value in sums.items()}
-        return Loss(out.loss, {**shares, **out.metrics}, extremes)
+        arguments = batch.sequences, batch.mask, self.sampling.temperature
+        return self.policy_loss(batch, totals, self.built_policy()(*arguments, **self.scoring()))

@@ -15,19 +15,25 @@ from lit_posttrain.types import MicroBatch, StepResult
 
 
 def rollout_sums(
-    batch: MicroBatch, log_probs: Tensor, entropy: Tensor | None, first: bool
+    batch: MicroBatch, log_probs: Tensor, old: Tensor, entropy: Tensor | None, first: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Sums and largest values over a micro-batch's tokens.
 
     Args:
         batch: The rows.
         log_probs: The trainer's, detached.
+        old: The sampling policy's.
         entropy: Of each scored token.
         first: Whether the policy is still the one that sampled; only then does the engine have to agree with it.
     """
     mask = batch.mask
     sums = {"scored_fraction": mask.sum().float()}
     extremes: dict[str, Tensor] = {}
+    change = (log_probs - old).where(mask, 0.0)
+    moved = change.exp()
+    sums["policy/approxkl_avg"] = change.square().sum() / 2
+    sums["val/ratio"] = moved.where(mask, 0.0).sum()
+    sums["val/ratio_square"] = moved.square().where(mask, 0.0).sum()
     if entropy is not None:
         sums["entropy"] = entropy.where(mask, 0.0).sum()
     if first:
@@ -102,11 +108,14 @@ def _updates(results: Sequence[StepResult]) -> dict[str, float]:
     for name in ("loss", "policy_loss", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
         metrics.setdefault(name, 0.0)  # no row had anything to learn from, so none was computed
     fraction = results[0].metrics.get("scored_fraction", 0.0)
-    for name in ("sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean", "entropy"):
+    overall = _mean([r.metrics.get("scored_fraction", 0.0) for r in results])
+    firsts = ("sampling/sampling_logp_difference/mean", "sampling/importance_sampling_ratio/mean")
+    for name in (*firsts, "entropy", "policy/approxkl_avg", "val/ratio", "val/ratio_square"):
         # Left-out rows are in the denominator but were never scored.
         if name in metrics and fraction > 0:
-            overall = _mean([r.metrics.get("scored_fraction", 0.0) for r in results]) if name == "entropy" else fraction
-            metrics[name] /= overall
+            metrics[name] /= fraction if name in firsts else overall
+    if "val/ratio_square" in metrics:
+        metrics["val/ratio_var"] = max(0.0, metrics.pop("val/ratio_square") - metrics["val/ratio"] ** 2)
     metrics.pop("reference_gap", None)
     for name, value in results[0].extremes.items():
         if math.isfinite(value):  # else no token was scored on any rank

@@ -15,7 +15,7 @@ from lit_posttrain.batching import split, to_device
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.policy import Policy
 from lit_posttrain.sharding import all_reduce_sum, same_number, world_size
-from lit_posttrain.types import ExampleBatch, MicroBatch, StepResult
+from lit_posttrain.types import ExampleBatch, MicroBatch, StepResult, Stream
 
 
 class OfflineModule(PostTrainModule):
@@ -67,7 +67,7 @@ class OfflineModule(PostTrainModule):
         totals = Totals(*all_reduce_sum(self.counts(whole), self.device))
         batches = self.micro_batches(whole)
         with self.timed_phase("update", len(batches)):
-            result = self.optimize(batches, totals, self.loss, last=True, idle_columns=whole.columns)
+            result = self.optimize([Stream("update", batches, totals, self.loss, whole.columns)], last=True)
         if iteration < gates.GATED_ITERATIONS:
             self.require_change([result])
         tokens = all_reduce_sum([int(batch.sequences.lengths.sum())], self.device)[0]

@@ -3,33 +3,35 @@
 import time
 from abc import abstractmethod
 from collections import defaultdict
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_posttrain import gates, randomness
+from lit_posttrain.algorithms.averaging import move_average
 from lit_posttrain.algorithms.evaluation import EvaluationConfig
-from lit_posttrain.algorithms.measures import reported, rollout_metrics, rollout_sums
-from lit_posttrain.algorithms.samples import as_markdown
-from lit_posttrain.algorithms.sampling import SamplingModule
+from lit_posttrain.algorithms.measures import rollout_sums
+from lit_posttrain.algorithms.pretraining import Pretraining, PtxConfig
+from lit_posttrain.algorithms.watching import WatchedModule
 from lit_posttrain.batching import split, to_device
+from lit_posttrain.functional.log_probs import TokenLogProbs
 from lit_posttrain.functional.masked import Totals
-from lit_posttrain.objective import Objective
-from lit_posttrain.policy import Policy, PolicyConfig
+from lit_posttrain.objective import PolicyObjective
+from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
 from lit_posttrain.reference import Reference, ReferenceConfig
 from lit_posttrain.rewards.base import RewardFunction, judge
 from lit_posttrain.rollout.collect import Rollout, assemble, generate, to_samples
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
-from lit_posttrain.sharding import all_reduce_sum, same_number, world_size
-from lit_posttrain.types import MicroBatch, PromptBatch, StepResult
+from lit_posttrain.sharding import all_reduce_sum, same_number, shard, world_size
+from lit_posttrain.types import Loss, MicroBatch, PromptBatch, StepResult, Stream
 
 
-class OnlineModule(SamplingModule):
-    """Reinforcement learning on the policy's own samples; subclasses say ``advantages`` and ``loss``.
+class OnlineModule(WatchedModule):
+    """Reinforcement learning on the policy's own samples; subclasses say ``credit`` and ``loss``.
 
     Args:
         policy: The network that is trained.
@@ -41,6 +43,8 @@ class OnlineModule(SamplingModule):
         num_epochs: Passes over each rollout (the paper's mu).
         num_minibatches: Optimizer steps in each pass; must divide ``batch_size * group_size``.
         reference: What KL is measured against.
+        ptx: Pretraining text that every update also learns from; null for none.
+        ema_decay: Keep a moving average of the policy's weights, which ``export`` then writes; 0 to 1, null keeps none.
         evaluation: How held-out prompts are sampled and scored.
         optimizer: Gets the trainable parameters.
         scheduler: Learning-rate schedule, stepped once an iteration.
@@ -52,7 +56,7 @@ class OnlineModule(SamplingModule):
     def __init__(
         self,
         policy: PolicyConfig,
-        objective: Objective,
+        objective: PolicyObjective,
         rewards: list[RewardFunction],
         sampling: SamplingParams,
         group_size: int,
@@ -60,6 +64,8 @@ class OnlineModule(SamplingModule):
         num_epochs: int = 1,
         num_minibatches: int = 1,
         reference: ReferenceConfig = ReferenceConfig(),  # noqa: B008 (frozen)
+        ptx: PtxConfig | None = None,
+        ema_decay: float | None = None,
         evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 (frozen)
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
@@ -73,9 +79,12 @@ class OnlineModule(SamplingModule):
         for name, value in (("num_epochs", num_epochs), ("num_minibatches", num_minibatches)):
             if value < 1:
                 raise ValueError(f"model.init_args.{name}: must be at least 1, is {value}")
-        if group_size < 2 and objective.advantage.baseline != "none":
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise ValueError(f"model.init_args.ema_decay: must lie between 0 and 1, is {ema_decay}; null keeps none")
+        if group_size < 1 + objective.compares:
             raise ValueError(
-                f"model.init_args.group_size: {group_size} leaves nothing to compare a sample with; set at least 2"
+                f"model.init_args.group_size: {group_size} leaves nothing to compare a sample with; set at least "
+                f"{1 + objective.compares}"
             )
         if sampling.temperature == 0:
             raise ValueError("model.init_args.sampling.temperature: 0 draws the same sample every time; set it above 0")
@@ -90,15 +99,20 @@ class OnlineModule(SamplingModule):
         self.num_epochs = num_epochs
         self.num_minibatches = num_minibatches
         self.reference_config = reference
+        self.pretraining = Pretraining(ptx) if ptx is not None and ptx.coef else None
+        self.ema_decay = ema_decay
+        self.average: Policy | None = None
         self.log_samples_every = log_samples_every
-        self.num_tokens = 0.0
-        self.reference: Reference | None = None  # not a module: out of optimizer, state_dict and checkpoint
+        self.kl_coef = objective.kl.coef
 
     @abstractmethod
-    def advantages(
-        self, rollout: Rollout, log_probs: Tensor | None, ref_log_probs: Tensor | None
-    ) -> Float[Tensor, " b"]:
-        """The algorithm's credit rule: one number a completion of this rank's rollout."""
+    def credit(self, rollout: Rollout, scored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The algorithm's credit rule: per-token columns that ``loss`` reads, ``advantages`` among them.
+
+        Args:
+            rollout: This rank's.
+            scored: What ``score`` gave. Collective.
+        """
 
     # --- building ---------------------------------------------------------------------------------------------
 
@@ -113,12 +127,24 @@ class OnlineModule(SamplingModule):
                     f"model.init_args.num_minibatches: {self.num_minibatches} does not divide batch_size * group_size "
                     f"= {data.batch_size} * {self.group_size} = {total}"
                 )
+            if self.pretraining is not None:
+                self.pretraining.setup(self, total, load_tokenizer(self.policy_config))
 
     def prepare_policy(self, policy: Policy) -> None:
         """See that prompts and completions fit, and load the reference where the objective has a KL."""
         super().prepare_policy(policy)
+        if self.pretraining is not None and policy.context_length:
+            self.pretraining.data.check_fits(policy.context_length)
         if self.objective.needs_reference and self.trainer.state.fn == "fit":
             self.reference = Reference(policy, self.reference_config)
+
+    def configure_model(self) -> None:
+        """Also the average of the weights."""
+        super().configure_model()
+        if self.ema_decay is not None and self.average is None:
+            self.average = self.network_class(self.policy_config).requires_grad_(False)
+            if self.device_mesh is not None:
+                shard(self.average, self.device_mesh, torch.float32, frozen=True)
 
     def on_fit_start(self) -> None:
         """Place the reference beside the policy."""
@@ -132,6 +158,8 @@ class OnlineModule(SamplingModule):
         if self.loaded_counters is not None:
             self.restore_counters(self.loaded_counters)
             self.loaded_counters = None
+        else:
+            self.calibrate_rewards()
 
     # --- one iteration ----------------------------------------------------------------------------------------
 
@@ -142,12 +170,15 @@ class OnlineModule(SamplingModule):
         self.seed_iteration()
         self._refresh_reference(iteration)
         rollout = self.collect(batch, iteration)
-        self._require_verdicts(rollout)
-        old, ref = self.score(rollout)
-        advantages = self.advantages(rollout, old, ref)
-        results = self.update(rollout, advantages, old, ref, iteration)
-        self._check_gates(rollout, advantages, results, iteration)
-        self._log_iteration(rollout, advantages, results, iteration, rate, time.perf_counter() - started)
+        self.require_verdicts(rollout)
+        scored = self.score(rollout)
+        columns = self.credit(rollout, scored)
+        results = self.update(rollout, {**scored, **columns}, iteration)
+        if self.average is not None and self.ema_decay is not None:
+            move_average(self.average, self.built_policy(), self.ema_decay)
+        self.check_gates(rollout, results, iteration)
+        measured = self.measure(rollout, {**scored, **columns}, results)
+        self.log_iteration(rollout, columns, results, measured, iteration, rate, time.perf_counter() - started)
 
     def collect(self, batch: PromptBatch, iteration: int) -> Rollout:
         """(1) Sample a group of completions for each prompt and have them judged."""
@@ -166,54 +197,75 @@ class OnlineModule(SamplingModule):
         return assemble(batch.prompts, batch.positions, completions, samples, judgement)
 
     @torch.no_grad()
-    def score(self, rollout: Rollout) -> tuple[Tensor | None, Tensor | None]:
-        """Old and reference log-probs of all rows, before the first update; what nothing reads is not computed."""
-        kl_in_reward = self.objective.kl.placement == "reward" and self.objective.kl.coef > 0
-        need_old = self.num_epochs * self.num_minibatches > 1 or kl_in_reward
-        if not need_old and self.reference is None:
-            return None, None
-        policy = self.built_policy()
-        old = torch.zeros(rollout.mask.shape) if need_old else None
-        ref = torch.zeros(rollout.mask.shape) if self.reference is not None else None
+    def score(self, rollout: Rollout) -> dict[str, Tensor]:
+        """What is known of all rows before the first update, by column; what nothing reads is not computed."""
+        scorers = self.scorers()
+        columns: dict[str, Tensor] = {}
+        if not scorers:
+            return columns
         # The same micro-batches as a single update's, so that in low precision both round alike.
         batches = split(rollout.sequences, rollout.mask, {}, self.token_budget, packed=self._packs(rollout))
         with self.timed_phase("scoring", len(batches)):
             for batch in same_number(batches, {}, self.device):
                 moved, width = to_device(batch, self.device), batch.mask.shape[1]
-                arguments = moved.sequences, moved.mask, self.sampling.temperature
-                if old is not None:
-                    old[batch.rows, :width] = policy(*arguments).log_probs.cpu()
-                if ref is not None and self.reference is not None:
-                    ref[batch.rows, :width] = self.reference.log_probs(*arguments).cpu()
+                for scorer in scorers:
+                    for name, values in scorer(moved).items():
+                        column = columns.setdefault(name, torch.zeros(rollout.mask.shape))
+                        column[batch.rows, :width] = values.cpu()
                 self.advance()
-        return old, ref
+        return columns
 
-    def update(
-        self, rollout: Rollout, advantages: Tensor, old: Tensor | None, ref: Tensor | None, iteration: int
-    ) -> list[StepResult]:
-        """(3) ``num_epochs`` passes of ``num_minibatches`` optimizer steps."""
-        columns = {
-            "advantages": advantages[:, None] * rollout.mask,
-            "engine_log_probs": rollout.engine_log_probs,
-            **({"old_log_probs": old} if old is not None else {}),
-            **({"ref_log_probs": ref} if ref is not None else {}),
-        }
+    def scorers(self) -> list[Callable[[MicroBatch], dict[str, Tensor]]]:
+        """What scores a rollout's micro-batches: the policy where it has to, the reference where there is one."""
+        kl_in_reward = self.objective.kl.placement == "reward" and self.objective.kl.coef > 0
+        scorers: list[Callable[[MicroBatch], dict[str, Tensor]]] = []
+        if self.num_epochs * self.num_minibatches > 1 or kl_in_reward:
+            scorers.append(self.old_policy)
+        reference = self.reference
+        if reference is not None:
+            scorers.append(
+                lambda b: {"ref_log_probs": reference.log_probs(b.sequences, b.mask, self.sampling.temperature)}
+            )
+        return scorers
+
+    def old_policy(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """The sampling policy's log-probs."""
+        policy = self.built_policy()
+        return {"old_log_probs": policy(batch.sequences, batch.mask, self.sampling.temperature).log_probs}
+
+    def update(self, rollout: Rollout, columns: dict[str, Tensor], iteration: int) -> list[StepResult]:
+        """``num_epochs`` passes of ``num_minibatches`` optimizer steps."""
+        columns = {**columns, "engine_log_probs": rollout.engine_log_probs}
+        contributes = self.contributes(rollout, columns, iteration)
         steps = [(e, m) for e in range(self.num_epochs) for m in range(self.num_minibatches)]
         results = []
         for number, (epoch, minibatch) in enumerate(steps):
             rows = self._minibatch(rollout, iteration, epoch, minibatch)
             mask = rollout.mask[rows]
             totals = Totals(*all_reduce_sum([int(mask.any(-1).sum()), int(mask.sum())], self.device))
-            kept = rows[self._contributes(rollout, advantages, iteration)[rows]]
+            kept = rows[contributes[rows]]
             # The policy that sampled is the present one until the first update: the ratio is then exactly 1.
             present = {k: v for k, v in columns.items() if number > 0 or k != "old_log_probs"}
             batches = split(
                 rollout.sequences, rollout.mask, present, self.token_budget, kept, packed=self._packs(rollout)
             )
-            with self.timed_phase("update", len(batches)):
+            streams = self.streams(batches, totals, present, iteration)
+            if self.pretraining is not None:
+                streams.append(self.pretraining.stream(self, iteration, epoch, minibatch))
+            with self.timed_phase("update", sum(len(s.micro_batches) for s in streams)):
                 last = number == len(steps) - 1
-                results.append(self.optimize(batches, totals, self.loss, last=last, idle_columns=present))
+                results.append(self.optimize(streams, last=last, still=self.still(iteration)))
         return results
+
+    def streams(
+        self, batches: list[MicroBatch], totals: Totals, columns: dict[str, Tensor], iteration: int
+    ) -> list[Stream]:
+        """What a minibatch goes through."""
+        return [Stream("rl", batches, totals, self.loss, columns)]
+
+    def still(self, iteration: int) -> Container[str]:
+        """Names of parameter groups that do not move in this iteration."""
+        return ()
 
     def _minibatch(self, rollout: Rollout, iteration: int, epoch: int, number: int) -> Tensor:
         """This rank's rows of a random share of the whole batch, the same whatever the world size."""
@@ -227,93 +279,63 @@ class OnlineModule(SamplingModule):
     def _packs(self, rollout: Rollout) -> bool:
         return self.built_policy().packs(rollout.sequences.ids.shape[1])
 
-    def _contributes(self, rollout: Rollout, advantages: Tensor, iteration: int) -> Tensor:
+    def contributes(self, rollout: Rollout, columns: dict[str, Tensor], iteration: int) -> Tensor:
         """Rows whose gradient is not exactly zero. The others stay in every denominator but cost no forward."""
         counts = rollout.mask.any(-1)
-        if iteration < gates.GATED_ITERATIONS or (
-            self.objective.needs_reference and self.objective.kl.placement == "loss"
-        ):
+        in_loss = self.objective.needs_reference and self.objective.kl.placement == "loss"
+        if iteration < gates.GATED_ITERATIONS or in_loss or self.objective.entropy_coef:
             return counts
-        return counts & (advantages != 0)
+        return counts & (columns["advantages"] != 0).any(-1)
 
-    def loss_inputs(self, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Log-probs with gradient, old log-probs, and sums and largest values of what is measured on the way."""
-        entropy_is_read = self.logger is not None
-        scored = self.built_policy()(
-            batch.sequences, batch.mask, self.sampling.temperature, with_entropy=entropy_is_read
-        )
+    def policy_loss(self, batch: MicroBatch, totals: Totals, scored: TokenLogProbs) -> Loss:
+        """The objective's policy loss on one micro-batch, and what is measured on the way."""
         log_probs = scored.log_probs
         first = "old_log_probs" not in batch.columns
         old = log_probs.detach() if first else batch.columns["old_log_probs"]
-        return log_probs, old, *rollout_sums(batch, log_probs.detach(), scored.entropy, first)
+        entropy = None if scored.entropy is None else scored.entropy.detach()
+        sums, extremes = rollout_sums(batch, log_probs.detach(), old, entropy, first)
+        out = self.objective.policy_loss(
+            log_probs,
+            old,
+            batch.columns.get("ref_log_probs"),
+            batch.columns["advantages"],
+            batch.mask,
+            totals,
+            self.sampling.max_new_tokens,
+            scored.entropy,
+        )
+        tokens = max(totals.tokens, 1.0)
+        return Loss(out.loss, {**{name: value / tokens for name, value in sums.items()}, **out.metrics}, extremes)
+
+    def scoring(self) -> dict[str, Any]:
+        """How the policy's forward pass is called in a loss."""
+        gradient = self.objective.entropy_coef > 0
+        return {"with_entropy": gradient or self.logger is not None, "entropy_gradient": gradient}
 
     def _refresh_reference(self, iteration: int) -> None:
         every = self.reference_config.refresh_every
         if self.reference is not None and every is not None and iteration > 0 and iteration % every == 0:
             self.reference.refresh(iteration)
 
-    def _require_verdicts(self, rollout: Rollout) -> None:
-        verdicts = rollout.judgement.verdicts
-        judged = [sum(row[j].status != "invalid" for row in verdicts) for j in range(len(self.rewards))]
-        *counts, valid = all_reduce_sum([*judged, int(rollout.judgement.valid.sum())], self.device)
-        names, reasons = rollout.judgement.names, rollout.judgement.reasons
-        gates.require_some_valid(names, reasons, [count == 0 for count in counts])
-        gates.require_valid_sample(names, reasons, int(valid))
-
-    def _check_gates(self, rollout: Rollout, advantages: Tensor, results: list[StepResult], iteration: int) -> None:
-        if iteration >= gates.GATED_ITERATIONS:
-            return
-        dtype = self.built_policy().compute_dtype
-        assert dtype is not None
-        first = results[0].metrics  # empty where none of the first minibatch's samples is valid
-        if first:
-            gates.require_engine_agrees(first["sampling/sampling_logp_difference/mean"], dtype)
-        if first and iteration == 0 and self.reference is not None and self.reference.equals_initial_policy:
-            gates.require_reference_is_policy(first["reference_gap"], dtype)
-        self.require_change(results)
-        groups = rollout.judgement.rewards.view(-1, self.group_size)
-        stopped = sum(c.stop_reason == "stop" for c in rollout.completions)
-        gates.warn_nothing_to_learn(int((groups.amax(1) > groups.amin(1)).sum()), stopped, len(rollout.completions))
-
-    # --- logging ----------------------------------------------------------------------------------------------
-
-    def _log_iteration(
-        self,
-        rollout: Rollout,
-        advantages: Tensor,
-        results: list[StepResult],
-        iteration: int,
-        rate: float,
-        seconds: float,
-    ) -> None:
-        metrics = rollout_metrics(rollout, self.group_size, results, self.device)
-        self.num_tokens += metrics.pop("tokens_processed")
-        metrics |= {"num_tokens": self.num_tokens, "step_time": seconds, "learning_rate": rate}
-        metrics |= reported(self.rewards)
-        metrics["epoch"] = self.epochs_done()
-        tagged = {f"train/{name}": value for name, value in metrics.items()}
-        tagged |= {f"time/{name}": value for name, value in self.seconds.items()}
-        generated = metrics["completions/mean_length"] * len(rollout.completions) * world_size()
-        tagged["time/rollout_tokens_per_second"] = generated / max(self.seconds["rollout"], 1e-9)
-        tagged["time/update_tokens_per_second"] = generated / max(self.seconds["update"], 1e-9)
-        step = iteration + 1
-        self.log("reward", metrics["reward"], prog_bar=True, logger=False)
-        if self.logger is not None:
-            self.logger.log_metrics(tagged, step=step)
-        if self.log_samples_every and (iteration == 0 or step % self.log_samples_every == 0):
-            self.log_text("train/samples", as_markdown(rollout, advantages.tolist()), step)
-
     # --- checkpoints ------------------------------------------------------------------------------------------
 
     def counters(self) -> dict[str, Any]:
-        """Also the tokens so far and which reference."""
+        """Also what was counted, the KL's weight, which reference, and how far the pretraining text was read."""
         reference = self.reference.state() if self.reference is not None else None
-        return {**super().counters(), "num_tokens": self.num_tokens, "reference": reference}
+        state = {"num_tokens": self.num_tokens, "episodes": self.episodes, "kl_coef": self.kl_coef}
+        ptx = self.pretraining.state(self) if self.pretraining is not None else None
+        rewards = {function.name: function.state() for function in self.rewards}
+        return {**super().counters(), **state, "reference": reference, "ptx": ptx, "rewards": rewards}
 
     def restore_counters(self, counters: dict[str, Any]) -> None:
-        """Also the tokens so far and the reference."""
+        """Also all of that."""
         super().restore_counters(counters)
-        self.num_tokens = counters["num_tokens"]
+        self.num_tokens, self.episodes = counters["num_tokens"], counters["episodes"]
+        self.kl_coef = counters["kl_coef"]
+        for function in self.rewards:
+            function.restore(counters["rewards"].get(function.name, {}))
+        if self.pretraining is not None:
+            self.pretraining.restore(counters["ptx"])
         if self.reference is not None and counters["reference"] is not None:
             assert self.trainer.ckpt_path is not None
             # <run>/checkpoints/step-<n>/state...: the run that the checkpoint is from, not always this one.

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import nn
 
 from lit_posttrain import gates
-from lit_posttrain.policy import Policy
 from lit_posttrain.types import StepResult
 
 
@@ -23,15 +23,16 @@ class Reporting(pl.LightningModule):
         self.seconds: dict[str, float] = defaultdict(float)
         self._before: tuple[list[int], float] = ([], 0.0)
 
-    def built_policy(self) -> Policy:
-        """The network that is trained."""
-        raise NotImplementedError
-
     def learning_rate(self) -> float:
         """The first parameter group's present rate."""
         wrapper = self.optimizers()
         assert not isinstance(wrapper, list)
         return float(wrapper.optimizer.param_groups[0]["lr"])
+
+    def _owned(self) -> list[nn.Parameter]:
+        wrapper = self.optimizers()
+        assert not isinstance(wrapper, list)
+        return [p for group in wrapper.optimizer.param_groups for p in group["params"]]
 
     # --- progress ---------------------------------------------------------------------------------------------
 
@@ -103,9 +104,9 @@ class Reporting(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Remember the parameters' checksums where a gate will compare them."""
         if self.trainer.global_step < gates.GATED_ITERATIONS:
-            self._before = gates.fingerprint(p for _, p in self.built_policy().trainable()), self.learning_rate()
+            self._before = gates.fingerprint(self._owned()), self.learning_rate()
 
     def require_change(self, results: list[StepResult]) -> None:
         """Stop a run whose updates moved nothing."""
-        after = gates.fingerprint(p for _, p in self.built_policy().trainable())
+        after = gates.fingerprint(self._owned())
         gates.require_change(self._before[0], after, self._before[1], max(r.grad_norm for r in results))

@@ -62,6 +62,31 @@ class SamplingModule(PostTrainModule):
             data.check_fits(policy.context_length, self.sampling.max_new_tokens)
         self.engine.bind(self.tokenizer)
 
+    def place_rewards(self) -> None:
+        """Load the networks among the rewards, before anything is computed."""
+        for function in self.rewards:
+            function.place(self.device)
+
+    def on_fit_start(self) -> None:
+        """Also the rewards' networks."""
+        super().on_fit_start()
+        self.place_rewards()
+
+    def on_validation_start(self) -> None:
+        """Likewise."""
+        super().on_validation_start()
+        self.place_rewards()
+
+    def on_test_start(self) -> None:
+        """Likewise."""
+        super().on_test_start()
+        self.place_rewards()
+
+    def on_predict_start(self) -> None:
+        """Likewise."""
+        super().on_predict_start()
+        self.place_rewards()
+
     def teardown(self, stage: str) -> None:
         """End what rewards and engine started."""
         for function in self.rewards:

@@ -10,7 +10,7 @@ from lit_posttrain.data.messages import EXTRAS, as_messages, extras_of
 from lit_posttrain.data.sources import Row
 from lit_posttrain.types import Example
 
-LongExamples = Literal["drop", "truncate", "error"]
+LongExamples = Literal["drop", "truncate", "split", "error"]
 _KINDS = {
     "tokens": ("input_ids",),
     "messages": ("messages",),
@@ -37,7 +37,7 @@ class SupervisedExamples(ExampleData):
             beginning of a conversation as the beginning of the whole. ``last``: only its last message. ``all``: every
             token but the first.
         long_examples: What to do with examples of more than ``max_length`` tokens; ``truncate`` keeps the beginning, so
-            they have no end token.
+            they have no end token; ``split`` makes several of them, for texts of which all tokens are trained on.
         **kwargs: As of :class:`~lit_posttrain.data.examples.ExampleData`.
     """
 
@@ -45,6 +45,8 @@ class SupervisedExamples(ExampleData):
 
     def __init__(self, *, supervise: Supervise = "assistant", long_examples: LongExamples = "drop", **kwargs: Any):
         super().__init__(**kwargs)
+        if long_examples == "split" and (supervise != "all" or self.max_length is None):
+            raise ValueError("data.init_args.long_examples: split needs supervise: all, and max_length")
         self.supervise: Supervise = supervise
         self.long_examples: LongExamples = long_examples
 
@@ -52,7 +54,8 @@ class SupervisedExamples(ExampleData):
         """The examples of a row: one, or as many as are packed into it."""
         kind = kind_of(row, _KINDS)
         for encoded in self._packed(row) if kind == "tokens" else [self._encoded(row, kind)]:
-            yield self._fit(encoded, row)
+            for piece in self._pieces(encoded):
+                yield self._fit(piece, row)
 
     def _encoded(self, row: Row, kind: str) -> Encoded:
         if kind == "pair":
@@ -108,6 +111,16 @@ class SupervisedExamples(ExampleData):
                 values = [label != _IGNORED for label in values]
             mask = [bool(a and b) for a, b in zip(mask, values, strict=True)]
         return mask
+
+    def _pieces(self, encoded: Encoded) -> list[Encoded]:
+        """A text as sequences of at most ``max_length`` tokens; the first token of each is only read."""
+        prompt, completion, _ = encoded
+        size = self.max_length
+        if self.long_examples != "split" or size is None or len(prompt) + len(completion) <= size:
+            return [encoded]
+        ids = prompt + completion
+        parts = [ids[i : i + size] for i in range(0, len(ids), size)]
+        return [Encoded(part[:1], part[1:], [True] * (len(part) - 1)) for part in parts if len(part) > 1]
 
     def _fit(self, encoded: Encoded, row: Row) -> Example | Dropped:
         prompt, completion, mask = encoded

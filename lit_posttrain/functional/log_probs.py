@@ -29,8 +29,8 @@ class TokenLogProbs(NamedTuple):
 
     Attributes:
         log_probs: log pi(token i + 1 | tokens up to i), fp32 (fp64 for fp64 input), with gradient; 0 outside the mask.
-        entropy: Entropy in nats of the distribution each of those tokens was drawn from, *without* gradient; 0
-            outside the mask. None unless asked for.
+        entropy: Entropy in nats of the distribution each of those tokens was drawn from, without gradient unless that
+            is asked for; 0 outside the mask. None unless asked for.
         likeliest: 1 where the token is the likeliest one, else 0. None unless entropy is asked for.
         mean_logits: Mean over the vocabulary of the logits, likewise.
     """
@@ -96,28 +96,30 @@ class _ChunkedLogProbs(torch.autograd.Function):
         head: _Head,
         chunk: int,
         with_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs ``[n]``, and ``[3, n]`` of entropy, whether the target is the likeliest, and the mean logit."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs and entropy ``[n]``, and ``[2, n]`` of whether the target is the likeliest and the mean logit."""
         product = _Product(weight.to(states.dtype), len(states))
         dtype = _accumulation_dtype(states.dtype)
         log_probs, normaliser = (torch.empty(len(states), dtype=dtype, device=states.device) for _ in range(2))
-        measured = torch.zeros(3, len(states) if with_entropy else 0, dtype=dtype, device=states.device)
+        entropy = torch.zeros(len(states) if with_entropy else 0, dtype=dtype, device=states.device)
+        measured = torch.zeros(2, len(entropy), dtype=dtype, device=states.device)
         for part, logits in _logits(head, product, states, bias, slice(0, len(states)), chunk):
             at_target = logits.gather(1, targets[part, None])[:, 0]
             peak = logits.amax(-1)
             if with_entropy:
-                measured[1, part], measured[2, part] = at_target == peak, logits.mean(-1)
+                measured[0, part], measured[1, part] = at_target == peak, logits.mean(-1)
             shifted = logits.sub_(peak[:, None])
             mass = shifted.exp()
             total = mass.sum(-1)
             normaliser[part] = total.log().add_(peak)
             log_probs[part] = at_target - normaliser[part]
             if with_entropy:  # log Z - E[logit]
-                measured[0, part] = total.log() - mass.mul_(shifted).sum(-1) / total
-        ctx.save_for_backward(states, weight, bias, targets, normaliser)
+                entropy[part] = total.log() - mass.mul_(shifted).sum(-1) / total
+        ctx.save_for_backward(states, weight, bias, targets, normaliser, entropy)
         ctx.head, ctx.chunk = head, chunk
         ctx.mark_non_differentiable(measured)
-        return log_probs, measured
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy, measured
 
     @staticmethod
     @once_differentiable
@@ -126,8 +128,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: torch names ctx positionally
         ctx: Any, *grad_outputs: Any
     ) -> tuple[Tensor | None, ...]:
-        grad = grad_outputs[0]
-        states, weight, bias, targets, normaliser = ctx.saved_tensors
+        states, weight, bias, targets, normaliser, entropy = ctx.saved_tensors
+        grad = normaliser.new_zeros(len(states)) if grad_outputs[0] is None else grad_outputs[0]
+        for_entropy = grad_outputs[1]
         head, dtype = ctx.head, normaliser.dtype
         product = _Product(weight.to(states.dtype), len(states))
         for_states, for_weight, for_bias = ctx.needs_input_grad[:3]
@@ -140,6 +143,9 @@ class _ChunkedLogProbs(torch.autograd.Function):
             for part, logits in _logits(head, product, states, bias, chunk, ctx.chunk):
                 d_logits = logits.sub(normaliser[part, None]).exp_().mul_(-grad[part, None])  # g (1[target] - softmax)
                 d_logits.scatter_add_(1, targets[part, None], grad[part, None])
+                if for_entropy is not None:  # dH / dlogit = -p (log p + H)
+                    log_p = logits - normaliser[part, None]
+                    d_logits -= for_entropy[part, None] * log_p.exp() * (log_p + entropy[part, None])
                 head.chain_(d_logits, logits)
                 if d_bias is not None:
                     d_bias += d_logits.sum(0)
@@ -172,6 +178,7 @@ def token_log_probs(
     scale: float | None = None,
     chunk: int | None = None,
     with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> TokenLogProbs:
     """Log softmax(logits_i / temperature)[token i + 1], the softmax in fp32 and never more than ``chunk`` x v at once.
 
@@ -187,6 +194,7 @@ def token_log_probs(
         scale: Multiplies the logits before the soft cap (Cohere's ``logit_scale``, 1 / ``logits_scaling`` of Granite).
         chunk: Positions whose logits exist at one time. None fits about 34 million logits.
         with_entropy: Whether the same pass also gives the entropy and what comes with it.
+        entropy_gradient: Whether gradients flow through the entropy.
 
     Raises:
         ValueError: The temperature is not positive, or ``chunk`` is below 1.
@@ -204,12 +212,13 @@ def token_log_probs(
     states = hidden.reshape(b * s, d).index_select(0, rows * s + positions)
     targets = ids.reshape(b * s).index_select(0, rows * s + positions + 1).long()  # the shift
     head = _Head(temperature, softcap, scale)
-    scored, measured = _ChunkedLogProbs.apply(states, weight, bias, targets, head, chunk, with_entropy)  # type: ignore[misc]
+    scored, entropy, measured = _ChunkedLogProbs.apply(states, weight, bias, targets, head, chunk, with_entropy)  # type: ignore[misc]
+    entropy = entropy if entropy_gradient else entropy.detach()
 
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(b * (s - 1)).index_copy(0, rows * (s - 1) + positions, values).view(b, s - 1)
 
-    return TokenLogProbs(spread(scored), *(map(spread, measured) if with_entropy else (None,)))
+    return TokenLogProbs(spread(scored), *(map(spread, (entropy, *measured)) if with_entropy else (None,)))
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -54,9 +54,19 @@ def masked_whiten(
         shift_mean: Whether the mean is removed; False adds it back (rewards).
         eps: Added to the variance.
     """
-    x = x.where(mask, 0.0)
-    mean = masked_mean(x, mask)
-    white = (x - mean) * torch.rsqrt(masked_variance(x, mask) + eps)
+    return whiten(x, mask, masked_mean(x, mask), masked_variance(x, mask), shift_mean, eps)
+
+
+def whiten(
+    x: Float[Tensor, "*dims"],
+    mask: Bool[Tensor, "*dims"],
+    mean: Float[Tensor, ""],
+    variance: Float[Tensor, ""],
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+) -> Float[Tensor, "*dims"]:
+    """The same with moments from elsewhere, so that they can be those of all ranks."""
+    white = (x.where(mask, 0.0) - mean) * torch.rsqrt(variance + eps)
     return (white if shift_mean else white + mean).where(mask, 0.0)
 
 

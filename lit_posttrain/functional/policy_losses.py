@@ -1,5 +1,6 @@
 """Policy-gradient surrogates, unreduced: ``masked.aggregate`` decides how tokens and rows are weighed."""
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,12 +19,14 @@ class ClippedLoss(NamedTuple):
         ratio: pi / pi_old as the loss used it, detached; 1 outside the mask.
         clipped_low: True where the ratio fell below ``1 - clip_low`` with a negative advantage: no gradient there.
         clipped_high: True where it rose above ``1 + clip_high`` with a positive advantage: no gradient there.
+    clipped_dual: True where it rose above ``dual_clip`` with a negative advantage: no gradient there.
     """
 
     per_token: Float[Tensor, "b t"]
     ratio: Float[Tensor, "b t"]
     clipped_low: Bool[Tensor, "b t"]
     clipped_high: Bool[Tensor, "b t"]
+    clipped_dual: Bool[Tensor, "b t"]
 
 
 def log_ratio(
@@ -59,6 +62,7 @@ def clipped_policy_loss(
     level: RatioLevel,
     clip_low: float,
     clip_high: float,
+    dual_clip: float = math.inf,
 ) -> ClippedLoss:
     """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A), rho = pi / pi_old (PPO, 1707.06347 Eq. 7).
 
@@ -72,6 +76,7 @@ def clipped_policy_loss(
         level: What one ratio belongs to; see ``log_ratio``.
         clip_low: Lower half-width, > 0. At 1 and above the lower bound never binds.
         clip_high: Upper half-width, > 0.
+        dual_clip: With a negative advantage rho counts at most so much, > 1 (1912.09729 Eq. 5); infinity never clips.
     """
     # exp overflows fp32 at 88.7 (long answers under sequence_product), and inf * 0 would make clipped gradients nan.
     ratio = log_ratio(log_probs, old_log_probs, mask, level).clamp(max=LARGEST_LOG_RATIO).exp()
@@ -79,9 +84,13 @@ def clipped_policy_loss(
     low, high = 1.0 - clip_low, 1.0 + clip_high
     per_token = -torch.minimum(ratio * credit, ratio.clamp(low, high) * credit)
     ratio = ratio.detach()
+    dual = (ratio > dual_clip) & (credit < 0)
+    if dual_clip < math.inf:
+        per_token = torch.where(dual, -dual_clip * credit, per_token)
     return ClippedLoss(
         per_token=per_token,
         ratio=ratio,
         clipped_low=(ratio < low) & (credit < 0),
         clipped_high=(ratio > high) & (credit > 0),
+        clipped_dual=dual,
     )

@@ -13,11 +13,13 @@ from lit_posttrain.rewards.constraints import LengthPenalty, OverlongPenalty
 from lit_posttrain.rewards.exact import ExactAnswer
 from lit_posttrain.rewards.format import ThinkFormat
 from lit_posttrain.rewards.gym import ReasoningGymReward
+from lit_posttrain.rewards.learned import LearnedReward
 from lit_posttrain.rewards.math import MathVerifier
 
 __all__ = [
     "ExactAnswer",
     "Judgement",
+    "LearnedReward",
     "LengthPenalty",
     "MathVerifier",
     "OverlongPenalty",

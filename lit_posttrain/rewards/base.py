@@ -70,6 +70,26 @@ class RewardFunction(ABC):
         """
         return None
 
+    def place(self, device: Any) -> None:
+        """Told once where the policy is, before the first samples; only functions with a network care.
+
+        Args:
+            device: A ``torch.device``.
+        """
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold so that a resumed run judges alike."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what ``state`` returned.
+
+        Args:
+            state: Of the same function when the checkpoint was written.
+        """
+        return None
+
     def close(self) -> None:
         """Ends what the function started (processes, files); calling it twice is harmless."""
         return None

@@ -29,11 +29,8 @@ def test_any_token_budget_gives_the_same_weights(tiny_model: Path, tmp_path: Pat
             tiny_model, objective=objective("none", aggregation, kl=0.1), num_minibatches=2, token_budget=budget
         )
         real = module.optimize
-        module.optimize = lambda batches, *a, real=real, sizes=sizes, **k: (
-            sizes.append(len(batches))
-            or real(  # type: ignore[method-assign]
-                batches, *a, **k
-            )
+        module.optimize = lambda streams, real=real, sizes=sizes, **k: (  # type: ignore[method-assign]
+            sizes.append(len(streams[0].micro_batches)) or real(streams, **k)
         )
         folder = tmp_path / str(budget)
         folder.mkdir()
@@ -198,11 +195,12 @@ def test_a_refreshed_reference_is_a_copy_of_the_policy(tiny_model: Path, tmp_pat
 def test_kl_in_the_reward_is_subtracted_before_the_baseline(tiny_model: Path, tmp_path: Path) -> None:
     kept: list[Any] = []
     module = grpo(tiny_model, objective=objective("none", kl=0.5, placement="reward"), lr=0.2, max_grad_norm=None)
-    score, advantages = module.score, module.advantages
-    module.score = lambda r: kept.append([r, *score(r)]) or tuple(kept[-1][1:])  # type: ignore[method-assign]
-    module.advantages = lambda *a: kept[-1].append(advantages(*a)) or kept[-1][-1]  # type: ignore[method-assign]
+    credit = module.credit
+    module.credit = lambda *a: kept.append((*a, credit(*a))) or kept[-1][-1]  # type: ignore[method-assign]
     fit(module, prompts(tiny_model, tmp_path), tmp_path, max_steps=3)
-    rollout, old, ref, given = kept[-1]
+    rollout, scored, columns = kept[-1]
+    old, ref, given = scored["old_log_probs"], scored["ref_log_probs"], columns["advantages"].amax(-1)
+    given = torch.where(given > 0, given, columns["advantages"].amin(-1))  # one number a row, 0 outside the answer
     d = (old - ref).where(rollout.mask, 0.0)
     assert d.abs().max() > 1e-3
     k3 = (torch.exp(-d) + d - 1).sum(-1)

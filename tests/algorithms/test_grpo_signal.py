@@ -41,6 +41,12 @@ def only_first_prompt(prompts: list[str], completion_ids: list[list[int]], **_: 
     return [r if prompt == texts[0] else 0.7 for prompt, r in zip(prompts, even(completion_ids), strict=True)]
 
 
+def of_rows(columns: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The one number that all tokens of an answer have."""
+    advantages = columns["advantages"]
+    return torch.where(advantages.amax(-1) > 0, advantages.amax(-1), advantages.amin(-1))
+
+
 @pytest.mark.trap(18)
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
 def test_groups_without_signal_are_skipped_and_stay_in_every_denominator(
@@ -55,7 +61,7 @@ def test_groups_without_signal_are_skipped_and_stay_in_every_denominator(
         module = grpo(tiny_model, only_first_prompt, objective=objective("group_std", aggregation), lr=0.1)
         recorder = Recorder(module)
         if not skipping:
-            module._contributes = lambda rollout, *_: rollout.mask.any(-1)  # type: ignore[method-assign]
+            module.contributes = lambda rollout, *_: rollout.mask.any(-1)  # type: ignore[method-assign]
         fit(module, prompts(tiny_model, folder), folder, max_steps=4)
         rows[skipping] = [sum(len(batch.rows) for batch, _ in update) for update in recorder.updates]
         assert all(totals.sequences == ROWS for update in recorder.updates for _, totals in update)
@@ -104,11 +110,12 @@ def test_invalid_samples_leave_mean_std_and_loss(tiny_model: Path, tmp_path: Pat
     kept: list[Any] = []
     module = grpo(tiny_model, [Failing(lambda s: s.token_ids[0] % 3 == 0)])
     recorder = Recorder(module)
-    real = module.advantages
-    module.advantages = lambda *a: kept.append((a[0], real(*a))) or kept[-1][1]  # type: ignore[method-assign]
+    real = module.credit
+    module.credit = lambda *a: kept.append((a[0], real(*a))) or kept[-1][1]  # type: ignore[method-assign]
     fit(module, prompts(tiny_model, tmp_path), tmp_path)
     assert 0 < sum(int((~r.judgement.valid).sum()) for r, _ in kept) < 2 * ROWS
-    for (rollout, advantages), update in zip(kept, recorder.updates, strict=True):
+    for (rollout, columns), update in zip(kept, recorder.updates, strict=True):
+        advantages = of_rows(columns)
         valid = torch.tensor([c.token_ids[0] % 3 != 0 for c in rollout.completions])
         assert torch.equal(rollout.judgement.valid, valid)
         for i in range(BATCH):
@@ -178,14 +185,15 @@ def test_groups_of_equal_prompts_stay_apart(tiny_model: Path, tmp_path: Path) ->
 
     kept: list[Any] = []
     module = grpo(tiny_model, objective=objective("none"))
-    real = module.advantages
-    module.advantages = lambda *a: kept.append((a[0], real(*a))) or kept[-1][1]  # type: ignore[method-assign]
+    real = module.credit
+    module.credit = lambda *a: kept.append((a[0], real(*a))) or kept[-1][1]  # type: ignore[method-assign]
     data = Twice(
         template=Template(kind="plain"), dataset=base.dataset, batch_size=BATCH, tokenizer=str(tiny_model),
         held_out_percent=0, val_size=0,
     )  # fmt: skip
     fit(module, data, tmp_path)
-    for rollout, advantages in kept:
+    for rollout, columns in kept:
+        advantages = of_rows(columns)
         completions = [tuple(c.token_ids) for c in rollout.completions]
         assert completions[:GROUP] != completions[GROUP:]
         assert len(set(completions)) > GROUP
@@ -199,9 +207,10 @@ def test_the_temperature_reaches_every_log_prob(tiny_model: Path, tmp_path: Path
     module = grpo(tiny_model, temperature=0.7, objective=objective(kl=0.1), num_minibatches=2, lr=0.0)
     kept: list[Any] = []
     real = module.score
-    module.score = lambda rollout: kept.append((rollout, *real(rollout))) or kept[-1][1:]  # type: ignore[method-assign]
+    module.score = lambda rollout: kept.append((rollout, real(rollout))) or kept[-1][1]  # type: ignore[method-assign]
     fit(module, prompts(tiny_model, tmp_path), tmp_path)
-    for rollout, old, ref in kept:
+    for rollout, scored in kept:
+        old, ref = scored["old_log_probs"], scored["ref_log_probs"]
         mask = rollout.mask
         assert torch.allclose(old[mask], rollout.engine_log_probs[mask], atol=1e-5)
         assert torch.allclose(ref[mask], rollout.engine_log_probs[mask], atol=1e-5)

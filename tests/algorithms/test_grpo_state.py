@@ -14,7 +14,7 @@ MADE_ANEW = {
     "_current_fx_name",  # Lightning's
     "_results",  # Lightning's
 }
-COUNTERS = {"num_tokens": "num_tokens", "bad_steps": "bad_steps"}
+COUNTERS = {name: name for name in ("num_tokens", "bad_steps", "episodes", "kl_coef")}
 
 
 def plain(owner: object) -> dict[str, str]:

@@ -90,7 +90,7 @@ def test_mismatch_and_entropy_of_masked_tokens_alone() -> None:
     engine = torch.tensor([[0.0, -1.2, -1.5], [0.0, -0.5, 0.0]])
     entropy = torch.tensor([[9.0, 0.1, 0.2], [9.0, 0.3, 9.0]])
     batch = MicroBatch(sequences, mask, {"engine_log_probs": engine}, torch.arange(2))
-    sums, extremes = rollout_sums(batch, log_probs, entropy, first=True)
+    sums, extremes = rollout_sums(batch, log_probs, log_probs, entropy, first=True)
     assert float(sums["scored_fraction"]) == 3
     assert float(sums["entropy"]) == pytest.approx(0.6)
     assert float(sums["sampling/sampling_logp_difference/mean"]) == pytest.approx(0.7)
@@ -99,8 +99,10 @@ def test_mismatch_and_entropy_of_masked_tokens_alone() -> None:
     assert float(extremes["sampling/sampling_logp_difference/max"]) == pytest.approx(0.5)
     assert float(extremes["sampling/importance_sampling_ratio/max"]) == pytest.approx(max(ratios))
     assert -float(extremes["sampling/importance_sampling_ratio/min"]) == pytest.approx(min(ratios))
-    raised = rollout_sums(batch._replace(columns={"engine_log_probs": engine - 2}), log_probs, entropy, first=True)[1]
+    raised = rollout_sums(
+        batch._replace(columns={"engine_log_probs": engine - 2}), log_probs, log_probs, entropy, first=True
+    )[1]
     assert -float(raised["sampling/importance_sampling_ratio/min"]) == pytest.approx(min(ratios) * math.exp(2))
-    later, nothing = rollout_sums(batch, log_probs, entropy, first=False)
-    assert set(later) == {"scored_fraction", "entropy"}
+    later, nothing = rollout_sums(batch, log_probs, log_probs, entropy, first=False)
+    assert set(later) == {"scored_fraction", "entropy", "policy/approxkl_avg", "val/ratio", "val/ratio_square"}
     assert nothing == {}

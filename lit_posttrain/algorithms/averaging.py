@@ -1,0 +1,20 @@
+"""A moving average of the policy's fp32 weights."""
+
+import torch
+
+from lit_posttrain.policy import Policy
+
+
+@torch.no_grad()
+def move_average(average: Policy, policy: Policy, decay: float) -> None:
+    """theta_avg <- decay theta_avg + (1 - decay) theta, in fp32 (InstructGPT, 2203.02155, appendix C.4: 0.992).
+
+    Args:
+        average: Changed in place; sharded like the policy.
+        policy: As it is after an iteration's updates.
+        decay: 0 to 1.
+    """
+    trained = dict(policy.trainable())
+    for name, parameter in average.model.named_parameters():
+        if name in trained:
+            parameter.lerp_(trained[name].detach(), 1.0 - decay)

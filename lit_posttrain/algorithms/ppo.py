@@ -1,0 +1,247 @@
+"""PPO for answers, as InstructGPT and its predecessors have it: a critic's values, token rewards with KL, GAE."""
+
+import time
+from collections.abc import Callable, Container
+from dataclasses import replace
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from lit_posttrain.algorithms.online import OnlineModule
+from lit_posttrain.critic import CriticConfig, ValuePolicy, values_of
+from lit_posttrain.functional.masked import Totals, aggregate, whiten
+from lit_posttrain.functional.returns import clipped_value_loss, ended_scores, generalised_advantages, token_rewards
+from lit_posttrain.policy import PolicyConfig, causal_lm
+from lit_posttrain.ppo_objective import PPOObjective
+from lit_posttrain.rewards.base import RewardFunction
+from lit_posttrain.rollout.collect import Rollout
+from lit_posttrain.rollout.engine import SamplingParams
+from lit_posttrain.scalar_heads import ScoreNetwork
+from lit_posttrain.sharding import all_reduce_sum, shard
+from lit_posttrain.types import Loss, MicroBatch, StepResult, Stream
+
+# The last TRL PPO's tags for what every online algorithm measures.
+_TRL = {
+    "loss/policy_avg": "policy_loss",
+    "policy/clipfrac_avg": "clip_ratio/region_mean",
+    "policy/entropy_avg": "entropy",
+}
+
+
+@final
+class PPO(OnlineModule):
+    """E[r(x, y) - beta log(pi / pi_ref)] + gamma E_pretrain[log pi] (InstructGPT, 2203.02155 Eq. 2; PPO, 1707.06347).
+
+    An answer is an episode: a token's reward is -beta k1, the score is added at the last token, advantages are GAE's,
+    and V is 0 behind the last token. With ``ptx`` it is PPO-ptx. Policy and critic have one optimizer, a parameter
+    group each.
+    """
+
+    objective: PPOObjective  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        policy: PolicyConfig,
+        objective: PPOObjective,
+        rewards: list[RewardFunction],
+        sampling: SamplingParams,
+        critic: CriticConfig = CriticConfig(),  # noqa: B008 (frozen)
+        group_size: int = 1,
+        **kwargs: Any,
+    ):
+        """As :class:`~lit_posttrain.algorithms.online.OnlineModule`.
+
+        Args:
+            policy: The network that is trained.
+            objective: Token rewards, GAE, ratio, KL, value loss and aggregation.
+            rewards: Judge the samples; their weighted scores add up to the reward.
+            sampling: How completions are drawn.
+            critic: The value function.
+            group_size: Completions of each prompt.
+            **kwargs: Further arguments.
+        """
+        super().__init__(policy, objective, rewards, sampling, group_size, **kwargs)
+        if critic.shared and policy.lora is not None:
+            raise ValueError("model.init_args.critic.shared: not with LoRA; give the critic a network of its own")
+        self.critic_config, self.waits = critic, critic.warmup
+        if critic.shared:
+            self.network_class = ValuePolicy
+        self.critic: ScoreNetwork | None = None
+        self._began = time.monotonic()
+
+    # --- building ---------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the critic beside the policy."""
+        super().configure_model()
+        config = self.critic_config
+        if config.shared or self.critic is not None:
+            return
+        own = replace(
+            self.policy_config,
+            model=config.model or self.policy_config.model,
+            lora=None,
+            gradient_checkpointing=config.gradient_checkpointing,
+        )
+        try:
+            critic = ScoreNetwork(own)
+        except ValueError as error:
+            raise ValueError(str(error).replace("init_args.policy.model", "init_args.critic.model")) from error
+        if config.zero_head:
+            head: Any = causal_lm(critic.model).score
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        if self.device_mesh is not None:
+            critic.build_view(self.trainer.strategy.root_device, sharded=True)
+            assert critic.compute_dtype is not None
+            shard(critic, self.device_mesh, critic.compute_dtype)
+        self.critic = critic
+
+    def built_critic(self) -> ScoreNetwork:
+        """The critic, its compute view made on the device it is on by now."""
+        assert self.critic is not None, "configure_model comes first"
+        if self.critic.compute_dtype is None:
+            self.critic.build_view(self.device, sharded=False)
+        return self.critic
+
+    def sync_views(self) -> None:
+        """Also the critic's."""
+        super().sync_views()
+        if self.critic is not None:
+            self.built_critic().sync()
+
+    def parameter_groups(self) -> list[Any]:
+        """Policy and critic."""
+        policy = self.built_policy()
+        if isinstance(policy, ValuePolicy):
+            critic = list(policy.value_head.parameters())
+        else:
+            critic = [p for _, p in self.built_critic().trainable()]
+        rate = {} if self.critic_config.lr is None else {"lr": self.critic_config.lr}
+        return [
+            {"params": [p for _, p in policy.trainable()], "name": "policy"},
+            {"params": critic, "name": "critic", **rate},
+        ]
+
+    # --- credit -----------------------------------------------------------------------------------------------
+
+    def scorers(self) -> list[Callable[[MicroBatch], dict[str, Tensor]]]:
+        """Also the values before the first update."""
+        scorers = super().scorers()
+        if self.critic is not None:
+            return [*scorers, lambda b: {"old_values": values_of(self.built_critic(), b.sequences, b.mask)}]
+        others = [s for s in scorers if s != self.old_policy]
+        return [self._old_policy_and_values, *others]
+
+    def _old_policy_and_values(self, batch: MicroBatch) -> dict[str, Tensor]:
+        scored, values = self._shared().with_values(batch.sequences, batch.mask, self.sampling.temperature)
+        return {"old_log_probs": scored.log_probs, "old_values": values}
+
+    def credit(self, rollout: Rollout, scored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Token rewards, then GAE; whitened with the moments of all ranks. Returns come before whitening."""
+        objective, gae, mask = self.objective, self.objective.gae, rollout.mask
+        ended = torch.tensor([c.stop_reason == "stop" for c in rollout.completions])
+        replacement, penalty = objective.missing_eos_reward, objective.missing_eos_penalty
+        scores = ended_scores(rollout.judgement.rewards, ended, replacement, penalty)
+        in_reward = objective.kl.placement == "reward"
+        rewards = token_rewards(
+            scores,
+            scored.get("old_log_probs", torch.zeros(mask.shape)),
+            scored.get("ref_log_probs") if in_reward else None,
+            mask,
+            self.kl_coef,
+        )
+        non_score = rewards.sum(-1) - scores * mask.any(-1)
+        if gae.whiten_rewards:
+            rewards = self._whitened(rewards, mask, shift_mean=False)
+        advantages, returns = generalised_advantages(rewards, scored["old_values"], mask, gae.gamma, gae.lam)
+        if gae.whiten_advantages:
+            advantages = self._whitened(advantages, mask, shift_mean=True)
+        self._scores, self._non_score = scores, non_score
+        return {"advantages": advantages, "returns": returns}
+
+    def _whitened(self, x: Tensor, mask: Tensor, *, shift_mean: bool) -> Tensor:
+        """Population moments over the answers' tokens of the whole rollout."""
+        kept = x.where(mask, 0.0).double()
+        total, count = all_reduce_sum([float(kept.sum()), int(mask.sum())], self.device)
+        mean = total / max(count, 1.0)
+        squares = all_reduce_sum([float((kept - mean).where(mask, 0.0).square().sum())], self.device)[0]
+        return whiten(x, mask, x.new_tensor(mean), x.new_tensor(squares / max(count, 1.0)), shift_mean)
+
+    def contributes(self, rollout: Rollout, columns: dict[str, Tensor], iteration: int) -> Tensor:
+        """Every row teaches the critic."""
+        return rollout.mask.any(-1)
+
+    # --- one update -------------------------------------------------------------------------------------------
+
+    def streams(
+        self, batches: list[MicroBatch], totals: Totals, columns: dict[str, Tensor], iteration: int
+    ) -> list[Stream]:
+        """The policy's pass and the critic's, one after the other: their activations never exist together."""
+        policy = Stream("rl", batches, totals, self.loss, columns)
+        if self.critic is None:
+            return [policy]
+        critic = Stream("critic", batches, totals, self._critic_loss, columns)
+        return [critic] if "policy" in self.still(iteration) else [policy, critic]
+
+    def still(self, iteration: int) -> Container[str]:
+        """The policy waits while the critic warms up."""
+        return ("policy",) if iteration < self.critic_config.warmup else ()
+
+    def loss(self, batch: MicroBatch, totals: Totals) -> Loss:
+        """The policy's loss, and with a shared critic the value loss."""
+        arguments = batch.sequences, batch.mask, self.sampling.temperature
+        if self.critic is not None:
+            return self.policy_loss(batch, totals, self.built_policy()(*arguments, **self.scoring()))
+        scored, values = self._shared().with_values(*arguments, **self.scoring())
+        policy, critic = self.policy_loss(batch, totals, scored), self._value_loss(batch, totals, values)
+        return Loss(policy.loss + critic.loss, {**policy.metrics, **critic.metrics}, policy.extremes)
+
+    def _shared(self) -> ValuePolicy:
+        policy = self.built_policy()
+        assert isinstance(policy, ValuePolicy)
+        return policy
+
+    def _critic_loss(self, batch: MicroBatch, totals: Totals) -> Loss:
+        return self._value_loss(batch, totals, values_of(self.built_critic(), batch.sequences, batch.mask))
+
+    def _value_loss(self, batch: MicroBatch, totals: Totals, values: Tensor) -> Loss:
+        config, how = self.objective.value, self.objective.aggregation
+        length = self.objective.constant_length or self.sampling.max_new_tokens
+        terms = clipped_value_loss(values, batch.columns["old_values"], batch.columns["returns"], config.clip)
+        loss = aggregate(terms.per_token, batch.mask, how, totals, length)
+        clipped = aggregate(terms.clipped.float(), batch.mask, "token_mean", totals)
+        return Loss(config.coef * loss, {"loss/value_avg": loss.detach(), "val/clipfrac_avg": clipped}, {})
+
+    # --- logging ----------------------------------------------------------------------------------------------
+
+    def measure(self, rollout: Rollout, columns: dict[str, Tensor], results: list[StepResult]) -> dict[str, float]:
+        """Also the last TRL PPO's tags, and how much of the returns' variance the values explained. Collective."""
+        mask, counts = rollout.mask, rollout.mask.any(-1)
+        returns, values = columns["returns"].double(), columns["old_values"].double()
+        stopped = sum(c.stop_reason == "stop" for c in rollout.completions)
+        sums = [
+            int(mask.sum()), float(returns.where(mask, 0.0).sum()), float(returns.square().where(mask, 0.0).sum()),
+            float((returns - values).square().where(mask, 0.0).sum()),
+            int(counts.sum()), float(self._scores[counts].sum()), float(self._non_score[counts].sum()), stopped,
+        ]  # fmt: skip
+        tokens, total, squares, error, answers, scores, non_score, ended = all_reduce_sum(sums, self.device)
+        variance = squares / max(tokens, 1.0) - (total / max(tokens, 1.0)) ** 2
+        answers = max(answers, 1.0)
+        metrics = super().measure(rollout, columns, results)
+        for name, ours in _TRL.items():
+            if each := [r.metrics[ours] for r in results if ours in r.metrics]:
+                metrics[name] = sum(each) / len(each)
+        if "old_log_probs" in columns:
+            drawn = -float(columns["old_log_probs"].where(mask, 0.0).sum())
+            metrics["objective/entropy"] = all_reduce_sum([drawn], self.device)[0] / answers
+        metrics |= {"lr": self.learning_rate(), "eps": metrics["episode"] / max(time.monotonic() - self._began, 1e-9)}
+        return {
+            **metrics,
+            "objective/scores": scores / answers,
+            "objective/non_score_reward": non_score / answers,
+            "objective/rlhf_reward": (scores + non_score) / answers,
+            "val/num_eos_tokens": ended,
+            "val/explained_variance": 1.0 - error / max(tokens, 1.0) / variance if variance > 0 else 0.0,
+        }

@@ -1,0 +1,82 @@
+"""PPO-ptx over two processes gives what one gives: same losses, same policy, critic and average (fp32)."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from lightning.pytorch.strategies import DDPStrategy
+from ppo_runs import ppo, ppo_objective
+from test_ptx import ptx
+from test_sharded import free_port
+from tiny_runs import Recorder, even, fit, prompts, write_questions
+
+from lit_posttrain.critic import CriticConfig
+from lit_posttrain.objective import KLConfig
+from lit_posttrain.ppo_objective import GAEConfig
+from lit_posttrain.sharding import ShardedStrategy, full_tensor
+
+STEPS = 3
+
+
+def train(kind: str, model: Path, out: Path, strategy: Any, devices: int) -> None:
+    objective = ppo_objective(
+        gae=GAEConfig(gamma=1.0, lam=0.95, whiten_advantages=True, whiten_rewards=True),
+        kl=KLConfig(estimator="k1", placement="reward", coef=0.2, target=0.05, horizon=100.0),
+    )
+    module = ppo(
+        model, even, lr=0.1, objective=objective, critic=CriticConfig(shared=kind == "shared", warmup=1),
+        num_minibatches=2, num_epochs=2, ema_decay=0.8, ptx=ptx(out.parent, 0.5), token_budget=60, log_samples_every=0,
+    )  # fmt: skip
+    recorder = Recorder(module)
+    fit(module, prompts(model, out.parent), out, devices=devices, strategy=strategy, max_steps=STEPS, logger=False,
+        default_root_dir=str(out))  # fmt: skip
+    weights = {n: full_tensor(p.detach()).clone() for n, p in module.named_parameters()}
+    results = [(r.metrics, r.grad_norm) for r in recorder.results]
+    state = {"weights": weights, "results": results, "kl_coef": module.kl_coef, "episodes": module.episodes}
+    torch.save(state, out / f"rank{module.trainer.global_rank}.pt")
+
+
+def child(rank: int, port: int, kind: str, strategy: str, model: Path, out: Path) -> None:
+    torch.set_num_threads(1)  # with two threads a forked child hangs once its parent used OpenMP
+    os.environ.update(
+        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    try:
+        sharded = ShardedStrategy(process_group_backend="gloo", timeout_seconds=30.0)
+        train(kind, model, out, sharded if strategy == "fsdp2" else DDPStrategy(process_group_backend="gloo"), 2)
+    except BaseException:
+        traceback.print_exc(file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+
+@pytest.mark.trap(15)
+@pytest.mark.trap(22)
+@pytest.mark.trap(43)
+@pytest.mark.parametrize(("kind", "strategy"), [("own", "fsdp2"), ("shared", "fsdp2"), ("own", "ddp")])
+def test_two_processes_train_as_one(tiny_model: Path, tmp_path: Path, kind: str, strategy: str) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    ptx(tmp_path)
+    write_questions(tmp_path / "questions.jsonl")
+    train(kind, tiny_model, one, "auto", 1)
+    mp.start_processes(child, args=(free_port(), kind, strategy, tiny_model, two), nprocs=2, start_method="fork")
+    single = torch.load(one / "rank0.pt", weights_only=True)
+    for rank in range(2):
+        got = torch.load(two / f"rank{rank}.pt", weights_only=True)
+        assert got["kl_coef"] == pytest.approx(single["kl_coef"], rel=1e-6)
+        assert got["episodes"] == single["episodes"]
+        for (mine, norm), (theirs, other) in zip(single["results"], got["results"], strict=True):
+            assert other == pytest.approx(norm, rel=1e-3)
+            assert theirs.keys() == mine.keys()
+            for name, value in mine.items():
+                assert theirs[name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+        assert got["weights"].keys() == single["weights"].keys()
+        for name, weight in single["weights"].items():
+            torch.testing.assert_close(got["weights"][name], weight, rtol=2e-5, atol=2e-5)
