@@ -3,6 +3,7 @@
 import importlib
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def export(checkpoint: str, out: str) -> None:
         raise ValueError(f"--out {out} exists and is not an empty folder; give another one")
     found = find_checkpoint(checkpoint)
     config, network_class = policy_config(found.run_dir)
-    policy = network_class(config).eval()
+    # What is compared is compared in fp32, whatever the run computed in.
+    policy = network_class(replace(config, compute_dtype="float32")).eval()
     load_weights(policy, _state_dict(found), found)
     staged = target.parent / f".tmp-{target.name}"
     shutil.rmtree(staged, ignore_errors=True)

@@ -94,7 +94,8 @@ def _read(file: Path, rows: int) -> Tensor | None:
         return None
     try:
         with safe_open(file, "pt") as opened:
-            values, checksum = opened.get_tensor("log_probs"), (opened.metadata() or {}).get("sha256")
+            # A copy: a mapped tensor would change, or end the process, with the file.
+            values, checksum = opened.get_tensor("log_probs").clone(), (opened.metadata() or {}).get("sha256")
     except (SafetensorError, OSError, ValueError):
         return None
     return values if len(values) == rows and checksum == _checksum(values) else None

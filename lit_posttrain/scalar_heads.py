@@ -132,7 +132,11 @@ def biased(config: Any, key: str) -> type[Any]:
 
 
 def _initialise(head: nn.Linear, size: int) -> None:
-    generator = randomness.generator(randomness.run_seed(), "score head")
+    try:
+        seed = randomness.run_seed()
+    except ValueError:  # no run: a checkpoint's weights are about to take the place of these
+        seed = 0
+    generator = randomness.generator(seed, "score head")
     with torch.no_grad():
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) / (size + 1) ** 0.5)
         head.bias.zero_()

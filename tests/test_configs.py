@@ -32,7 +32,9 @@ ONLINE = shlex.split("""
 --model.init_args.sampling.max_new_tokens=4 --model.init_args.group_size=4 --model.init_args.evaluation.samples=2
 """)
 SHOWN = shlex.split("--model.init_args.generations.prompts=2 --model.init_args.generations.max_new_tokens=4")
-FIXED_DATA = ["--data.init_args.dataset=rows.jsonl", "--data.init_args.held_out_percent=30"]
+FIXED_DATA = shlex.split("""
+--data.init_args.dataset=rows.jsonl --data.init_args.held_out_percent=30 --data.init_args.column_map=null
+""")
 LOCAL_DATA = {"dataset": "questions.jsonl", "subset": None, "val_split": None, "held_out_percent": 30, "val_size": 2}
 
 

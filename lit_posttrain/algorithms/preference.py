@@ -67,6 +67,15 @@ class PreferenceModule(OfflineModule, ABC):
 
     # --- the reference ----------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Refuse a cache of data that nobody sees whole."""
+        super().setup(stage)
+        if self.cache_folder is not None and getattr(getattr(self.trainer, "datamodule", None), "streaming", False):
+            raise ValueError(
+                "model.init_args.reference_cache: data.init_args.streaming reads rows while training, so there is no "
+                "whole data set to score beforehand; unset one of them"
+            )
+
     def prepare_policy(self, policy: Policy) -> None:
         """Load the reference from its files: a resume begins with the weights the run began with, too."""
         super().prepare_policy(policy)

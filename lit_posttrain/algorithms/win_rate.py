@@ -124,6 +124,9 @@ class WinRate(PostTrainModule):
         if stage not in ("validate", "test"):
             raise ValueError("model.class_path: WinRate only evaluates; use `lit-posttrain validate`")
 
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Is never reached; Lightning would ask for one before ``setup`` says what is wrong."""
+
     def prepare_policy(self, policy: Policy) -> None:
         """Give the engine its tokenizer."""
         self.engine.bind(self.tokenizer)

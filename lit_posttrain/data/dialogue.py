@@ -155,7 +155,8 @@ class Encoder:
             at = self._start(whole, messages, first, extras, origin)
             pieces.append((whole[:at], False))
         for i in turns:
-            start, end = self._turn(whole, messages, i, extras, origin)
+            start = at if first and i == first else self._start(whole, messages, i, extras, origin)
+            end = self._turn_end(whole, start, messages, i, extras, origin)
             pieces += [(whole[at:start], supervise == "all"), (whole[start:end], True)]
             at = end
         return self._encode(pieces, bool(first), supervise, origin)
@@ -203,15 +204,17 @@ class Encoder:
             ) from error
         return str(rendered)
 
-    def _turn(self, whole: str, messages: Sequence[Message], i: int, extras: Extras, origin: str) -> tuple[int, int]:
-        """Where message ``i`` begins, and where its end token ends."""
+    def _turn_end(
+        self, whole: str, start: int, messages: Sequence[Message], i: int, extras: Extras, origin: str
+    ) -> int:
+        """Where the end token of message ``i`` ends, which begins at ``start``."""
         content = messages[i]["content"].strip()
-        start = begin = self._start(whole, messages, i, extras, origin)
         until = self._end(whole, messages, i, extras, origin)
         if content not in whole[start:until]:  # what the assistant begins with the template may write (an open thought)
-            begin = self._start(whole, messages, i, extras, origin, opened=False)
-        self._check_contents(messages[i : i + 1], whole[begin:until], origin)
-        return start, begin + self._end_token(whole[begin:until], content)
+            start = self._start(whole, messages, i, extras, origin, opened=False)
+        turn = whole[start:until]
+        self._check_contents(messages[i : i + 1], turn, origin)
+        return start + self._end_token(turn, content)
 
     def _start(
         self, whole: str, messages: Sequence[Message], i: int, extras: Extras, origin: str, *, opened: bool = True

@@ -4,6 +4,7 @@ import hashlib
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_posttrain import randomness
 from lit_posttrain.data import batches
-from lit_posttrain.data.base import PostTrainDataModule, Split
-from lit_posttrain.data.columns import KEY, check_mapping, check_text, has, renamed
+from lit_posttrain.data.base import Split
+from lit_posttrain.data.checks import check_arguments, check_stage
+from lit_posttrain.data.columns import KEY, check_text, has, renamed
 from lit_posttrain.data.dialogue import Encoder
 from lit_posttrain.data.messages import asked
-from lit_posttrain.data.mixture import Mixture, Source, check_sources, labels, percent, read_sources
+from lit_posttrain.data.mixture import Mixture, Source, labels, percent, read_sources
 from lit_posttrain.data.records import as_rows, held_out
 from lit_posttrain.data.sources import Row
+from lit_posttrain.data.streaming import ENDLESS, StreamedData
 from lit_posttrain.data.templates import load_tokenizer
 from lit_posttrain.types import Example, ExampleBatch
 
@@ -34,7 +37,7 @@ class Dropped(NamedTuple):
     reason: str
 
 
-class ExampleData(PostTrainDataModule):
+class ExampleData(StreamedData):
     """Fixed examples, tokenised once: of every row what the model sees is known before the first step.
 
     Without ``val_split`` a row is held out iff sha256(its prompt) mod 100 < ``held_out_percent``, so no prompt stands
@@ -58,6 +61,10 @@ class ExampleData(PostTrainDataModule):
         max_length: Most tokens of a prompt and a completion together.
         val_batch_size: Examples per evaluation batch over all ranks; ``batch_size`` if not given.
         tokenizer: Folder or hub name; the command line sets it to the policy's.
+        streaming: Rows are read while training, never all at once; needs ``trainer.max_steps``, and ``val_size`` unless
+            ``val_split`` is set. The order is the stream's, shuffled within ``shuffle_buffer`` rows; without weights
+            all sources are drawn equally often. ``train_size`` then only says how long an epoch is.
+        shuffle_buffer: Rows of each source that wait to be drawn while streaming; 1 keeps the source's order.
     """
 
     # Columns that are read.
@@ -80,6 +87,8 @@ class ExampleData(PostTrainDataModule):
         max_length: int | None = None,
         val_batch_size: int | None = None,
         tokenizer: str | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1024,
     ):
         super().__init__(batch_size, val_batch_size)
         self.one = dataset is not None
@@ -89,7 +98,8 @@ class ExampleData(PostTrainDataModule):
         self.train_size, self.val_size, self.max_length = train_size, val_size, max_length
         self.column_map = column_map or {}
         self.tokenizer = tokenizer
-        self._check_arguments(dataset, datasets)
+        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
+        check_arguments(self, dataset, datasets, type(self).load_examples is not ExampleData.load_examples)
         self._examples: dict[Split, list[Example]] = {}
         self._first_rows: dict[Split, list[int]] = {}  # number of each example's first row
         self._source_of: list[int] = []
@@ -134,13 +144,13 @@ class ExampleData(PostTrainDataModule):
         Raises:
             ValueError: Something in the data, or too little of it; names the file and line, or the key.
         """
+        self._stage = stage
         if not self._examples:
             self._load()
-        self._stage = stage
         self._check_sizes()
 
     def examples(self, split: Split) -> list[Example]:
-        """The examples of ``train`` or ``val`` in source order, after :meth:`setup`."""
+        """The examples of ``train`` or ``val`` in source order, after :meth:`setup`; a stream's first 256."""
         return self._examples[split]
 
     def summary(self) -> dict[str, dict[str, int]]:
@@ -166,6 +176,7 @@ class ExampleData(PostTrainDataModule):
         Raises:
             ValueError: One does not; names the longest.
         """
+        self._context = context_length
         lengths = [(batches.longest(e), e.origin) for examples in self._examples.values() for e in examples]
         longest, origin = max(lengths, key=lambda each: each[0], default=(0, ""))
         if longest > context_length:
@@ -180,6 +191,8 @@ class ExampleData(PostTrainDataModule):
         """How many examples of each source the iterations before ``iteration`` took; empty for a single source."""
         if len(self.sources) < 2:
             return {}
+        if self._stream is not None:
+            return dict(zip(labels(self.sources), self._stream.state(iteration)["examples"], strict=True))
         done, counts = self._drawn if self._drawn[0] <= iteration else (0, Counter[int]())
         for i in range(done, iteration):
             epoch, number = divmod(i, self.iterations_per_epoch)
@@ -189,7 +202,9 @@ class ExampleData(PostTrainDataModule):
         return {name: counts[i] for i, name in enumerate(labels(self.sources))}
 
     def size(self, split: Split) -> int:
-        """Number of examples of a split."""
+        """Number of examples of a split; of a stream those of an epoch, which without ``train_size`` never ends."""
+        if split == "train" and self._stream is not None:
+            return self.train_size or ENDLESS
         return len(self._examples[split])
 
     def collate(self, split: Split, indices: list[int], positions: list[int]) -> ExampleBatch:
@@ -203,6 +218,8 @@ class ExampleData(PostTrainDataModule):
 
     def fingerprint(self) -> str:
         """A hash of the training examples and of how sources are mixed."""
+        if self._stream is not None:
+            return self.stream_hash()
         digest = hashlib.sha256()
         for example in self._examples["train"]:
             digest.update(repr(example[:4]).encode())
@@ -227,28 +244,17 @@ class ExampleData(PostTrainDataModule):
 
     def _load(self) -> None:
         self.encoder = Encoder(self.load_tokenizer())
-        rows: dict[Split, list[Row]] = {"train": self._read("train"), "val": []}
-        if self.val_split is None:
-            sides = [held_out(self.content(r), self.held_out_percent) for r in rows["train"]]
-            rows["val"] = [r for r, out in zip(rows["train"], sides, strict=True) if out]
-            rows["train"] = [r for r, out in zip(rows["train"], sides, strict=True) if not out]
-        else:
-            rows["val"] = self._read("val")
+        rows = self.open_stream() if self.streaming else self._rows()
         val = self._encode_all(rows["val"], "val", self.val_size)
-        held = {batches.key(e) for e, _ in val}
-        train = self._encode_all(rows["train"], "train", self.train_size, held)
+        self._held = {batches.key(e) for e, _ in val}
+        train = self._encode_all(rows["train"], "train", None if self.streaming else self.train_size)
+        train += self.first_examples({source for _, source in train}) if self.streaming else []
         self._examples = {"train": [e for e, _ in train], "val": [e for e, _ in val]}
         self._source_of = [source for _, source in train]
         for split, examples in self._examples.items():
-            firsts, total = [], 0
-            for e in examples:
-                firsts.append(total)
-                total += len(e.completions)
-            self._first_rows[split] = firsts
+            self._first_rows[split] = list(accumulate((len(e.completions) for e in examples), initial=0))
             self._counts[split]["identical"] = len(examples) - len({batches.key(e) for e in examples})
-        everything = [e for examples in self._examples.values() for e in examples]
-        self._longest = self.max_length or max(map(batches.longest, everything), default=0)
-        self._per_token = batches.columns_of(everything)
+        self._per_token = batches.columns_of([*self._examples["train"], *self._examples["val"]])
         self._mix()
 
     def _read(self, split: Split) -> list[Row]:
@@ -256,34 +262,52 @@ class ExampleData(PostTrainDataModule):
         rows = as_rows(self.load_examples(split), name)
         if not rows:
             raise ValueError(f"{name} returned no rows")
-        for row in rows:
-            renamed(row, self.column_map, KEY)
-            check_text(row, self.known)
+        return list(map(self.prepared, rows))
+
+    def _rows(self) -> dict[Split, list[Row]]:
+        rows: dict[Split, list[Row]] = {"train": [], "val": []}
+        for row in self._read("train"):
+            rows["val" if self.is_held_out(row) else "train"].append(row)
+        if self.val_split is not None:
+            rows["val"] = self._read("val")
         return rows
 
-    def _encode_all(
-        self, rows: Sequence[Row], split: Split, limit: int | None, held: Iterable[Any] = ()
-    ) -> list[tuple[Example, int]]:
-        counts, kept = self._counts[split], []
-        self._counting = counts
-        specials = tuple(self.encoder.specials.values())
+    def prepared(self, row: Row) -> Row:
+        """The row, its columns named as ours and checked."""
+        renamed(row, self.column_map, KEY)
+        check_text(row, self.known)
+        return row
+
+    def is_held_out(self, row: Row) -> bool:
+        """Whether the split by hash keeps a row for evaluation."""
+        return self.val_split is None and held_out(self.content(row), self.held_out_percent)
+
+    def _encode_all(self, rows: Sequence[Row], split: Split, limit: int | None) -> list[tuple[Example, int]]:
+        kept = []
         for row in batches.progress(rows, f"tokenising {split} data"):
             if limit is not None and len(kept) >= limit:
                 break
-            counts["rows"] += 1
-            counts["special_tokens"] += batches.spells(row, self.known, specials)
-            for example in self.encode(row):
-                if isinstance(example, Dropped):
-                    counts[example.reason] += 1
-                elif batches.key(example) in held:
-                    counts["overlap"] += 1
-                else:
-                    kept.append((example, getattr(row, "source", 0)))
+            kept += [(e, getattr(row, "source", 0)) for e in self.encode_row(row, split)]
         return kept[:limit]
+
+    def encode_row(self, row: Row, split: Split = "train") -> list[Example]:
+        """The examples of a row that stay, everything counted."""
+        counts = self._counting = self._counts[split]
+        counts["rows"] += 1
+        counts["special_tokens"] += batches.spells(row, self.known, tuple(self.encoder.specials.values()))
+        kept = []
+        for example in self.encode(row):
+            if isinstance(example, Dropped):
+                counts[example.reason] += 1
+            elif split == "train" and batches.key(example) in self._held:
+                counts["overlap"] += 1
+            else:
+                kept.append(example)
+        return kept
 
     def _mix(self) -> None:
         weights = [s.weight for s in self.sources if s.weight is not None]
-        if not weights:
+        if not weights or self.streaming:
             return
         members: list[list[int]] = [[] for _ in weights]
         for i, source in enumerate(self._source_of):
@@ -305,24 +329,6 @@ class ExampleData(PostTrainDataModule):
 
     # --- checks -----------------------------------------------------------------------------------------------
 
-    def _check_arguments(self, dataset: str | None, datasets: Sequence[Source] | None) -> None:
-        own = type(self).load_examples is not ExampleData.load_examples
-        if not (own and dataset is None and not datasets) and (dataset is None) == (not datasets):
-            raise ValueError("data.init_args.dataset, data.init_args.datasets: set exactly one of them")
-        check_sources(self.sources)
-        check_mapping(self.column_map, self.known)
-        if self.train_size is not None and len(self.sources) > 1:
-            raise ValueError(
-                "data.init_args.train_size: the first examples would all come from the first dataset; set "
-                "data.init_args.datasets[...].fraction"
-            )
-        for name, least in (("train_size", 1), ("val_size", 0), ("max_length", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"data.init_args.{name}: must be at least {least}, got {value}")
-        if not 0 <= self.held_out_percent <= 99:
-            raise ValueError(f"data.init_args.held_out_percent: must be 0 to 99, got {self.held_out_percent}")
-
     def _check_sizes(self) -> None:
         has_val = self.val_size != 0 and (self.val_split is not None or self.held_out_percent > 0)
         if not self._examples["val"] and (has_val or self._stage in ("validate", "test")):
@@ -332,6 +338,7 @@ class ExampleData(PostTrainDataModule):
             )
         if not self._examples["train"] and self._stage not in ("validate", "test"):
             raise ValueError(f"data.init_args: no training examples are left ({self.summary()})")
+        check_stage(self, self._stage)
         if self._stage == "fit":
             self._check_training_size()
 

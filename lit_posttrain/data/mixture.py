@@ -10,7 +10,7 @@ import torch
 
 from lit_posttrain import randomness
 from lit_posttrain.data.columns import renamed
-from lit_posttrain.data.sources import Row, is_data_file, nearest, read_rows
+from lit_posttrain.data.sources import Row, is_data_file, iterate_rows, nearest
 
 _BUILDERS = ("json", "csv", "parquet")
 
@@ -91,72 +91,90 @@ def labels(sources: Sequence[Source]) -> list[str]:
     return [p if paths.count(p) == 1 else f"{p}[{i}]" for i, p in enumerate(paths)]
 
 
-def read_sources(sources: Sequence[Source], one: bool, val_split: str | None) -> Iterator[Row]:
+def read_sources(sources: Sequence[Source], one: bool, val_split: str | None, streaming: bool = False) -> Iterator[Row]:
     """The rows of all sources, or what ``val_split`` names: a file, or a split of each.
 
     Args:
         sources: The sources.
         one: Whether the YAML names a single ``dataset``.
-        val_split: Read this instead.
+        val_split: Read this instead, all of it.
+        streaming: Read each row when it is asked for.
     """
     if val_split is not None and ("/" in val_split or is_data_file(val_split)):
-        yield from read_rows(val_split, key="val_split")
+        yield from iterate_rows(val_split, key="val_split", streaming=streaming)
         return
     for i, source in enumerate(sources):
         key = "dataset" if one else f"datasets[{i}].path"
-        yield from read_source(source, i, key if val_split is None else "val_split", val_split)
+        if val_split is not None:
+            source, key = replace(source, split=val_split, fraction=1.0), "val_split"
+        yield from (iterate_source if streaming else read_source)(source, i, key)
 
 
-def read_source(source: Source, number: int, key: str, split: str | None = None) -> list[Row]:
+def read_source(source: Source, number: int, key: str) -> list[Row]:
     """The rows of a source, its columns named as ours.
 
     Args:
         source: The source.
         number: Its number in the mixture.
         key: The key under ``data.init_args`` that names it (``dataset`` or ``datasets[0].path``).
-        split: Another split than the source's, all of it.
     """
-    if split is not None:
-        source = replace(source, split=split, fraction=1.0)
-    rows = _read(source, key)
-    rows = rows[: max(1, round(source.fraction * len(rows)))]
-    mixed = []
+    rows = list(_iterate(source, key))
+    return [_mixed(row, source, number, key) for row in rows[: max(1, round(source.fraction * len(rows)))]]
+
+
+def iterate_source(source: Source, number: int, key: str) -> Iterator[Row]:
+    """The same rows, each read when it is asked for; all of them, since nobody knows how many there are."""
+    for row in _iterate(source, key, streaming=True):
+        yield _mixed(row, source, number, key)
+
+
+def _mixed(row: Row, source: Source, number: int, key: str) -> Row:
     columns_key = f"data.init_args.{key.removesuffix('path')}columns"
-    for row in rows:
-        values: dict[str, Any] = row
-        if isinstance(source.columns, list):
-            for name in source.columns:
-                if name not in row:
-                    raise ValueError(
-                        f"{columns_key}: {row.origin} has no column {name!r}{nearest(name, row)}; the columns are "
-                        f"{', '.join(row)}"
-                    )
-            values = {name: row[name] for name in source.columns}
-        one = MixedRow(values, row.origin, row.number)
-        one.source = number
-        if isinstance(source.columns, dict):
-            renamed(one, source.columns, columns_key)
-        mixed.append(one)
-    return mixed
+    values: dict[str, Any] = row
+    if isinstance(source.columns, list):
+        for name in source.columns:
+            if name not in row:
+                raise ValueError(
+                    f"{columns_key}: {row.origin} has no column {name!r}{nearest(name, row)}; the columns are "
+                    f"{', '.join(row)}"
+                )
+        values = {name: row[name] for name in source.columns}
+    one = MixedRow(values, row.origin, row.number)
+    one.source = number
+    if isinstance(source.columns, dict):
+        renamed(one, source.columns, columns_key)
+    return one
 
 
-def _read(source: Source, key: str) -> list[Row]:
+def _iterate(source: Source, key: str, **more: Any) -> Iterator[Row]:
     files = [source.data_files] if isinstance(source.data_files, str) else source.data_files
     folder = Path(source.path).expanduser()
     if files and (source.path in _BUILDERS or folder.is_dir()):
-        inside = Path(source.data_dir or ".") if source.path in _BUILDERS else folder / (source.data_dir or "")
         key = key.removesuffix("path") + "data_files"
-        for file in files:
+        for file, path in zip(files, local_files(source), strict=True):
             if not is_data_file(file):
                 raise ValueError(f"data.init_args.{key}: cannot read {file}; name .jsonl, .csv or .parquet files")
-        return [row for file in files for row in read_rows(str(inside / file), key=key)]
-    more = {"data_dir": source.data_dir, "data_files": files}
-    given = {name: value for name, value in more.items() if value}
+            if not path.is_file():  # now, and not when the files before it are read
+                raise ValueError(f"data.init_args.{key}: there is no file {path}")
+        for file in local_files(source):
+            yield from iterate_rows(str(file), key=key)
+        return
+    given = {name: v for name, v in (("data_dir", source.data_dir), ("data_files", files)) if v}
     if given and (is_data_file(source.path) or folder.is_dir()):
         raise ValueError(
             f"data.init_args.{key}: {source.path} is local; data_dir needs data_files, a file needs neither"
         )
-    return read_rows(source.path, source.name, source.split, key, **given)
+    yield from iterate_rows(source.path, source.name, source.split, key, **given, **more)
+
+
+def local_files(source: Source) -> list[Path]:
+    """The files of a source that are on this machine: those it names, or all of its folder."""
+    folder = Path(source.path).expanduser()
+    files = [source.data_files] if isinstance(source.data_files, str) else source.data_files
+    if files and (source.path in _BUILDERS or folder.is_dir()):
+        inside = Path(source.data_dir or ".") if source.path in _BUILDERS else folder / (source.data_dir or "")
+        return [inside / file for file in files]
+    return sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]
 
 
 class Mixture:

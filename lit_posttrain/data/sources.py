@@ -8,12 +8,13 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, NoReturn
 
 HUB_TIMEOUT = 3.0  # seconds; without the probe `datasets` retries an unreachable hub for 23
+_PARQUET_ROWS = 1024  # that are in memory at a time
 _INT_DIGITS = 4000  # Python refuses to convert much longer digit strings
 
 
@@ -58,9 +59,16 @@ def read_rows(
     Raises:
         ValueError: Nothing there, nothing in it, or a row that cannot be read exactly; names file and line.
     """
+    return list(iterate_rows(dataset, subset, split, key, **hub))
+
+
+def iterate_rows(
+    dataset: str, subset: str | None = None, split: str = "train", key: str = "dataset", **hub: Any
+) -> Iterator[Row]:
+    """The same rows, each read when it is asked for; of the hub only with ``streaming=True`` in ``hub``."""
     path = Path(dataset).expanduser()
     if path.is_dir():
-        rows = _read_saved(path, split, key)
+        rows = _read_saved(path, split, key, bool(hub.get("streaming")))
     elif is_data_file(dataset):
         if split != "train":
             raise ValueError(
@@ -75,12 +83,15 @@ def read_rows(
         raise ValueError(f"data.init_args.{key}: {what}; known endings are {', '.join(_READERS)}")
     else:
         rows = _read_hub(dataset, subset, split, key, hub)
-    if not rows:
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
         raise ValueError(f"data.init_args.{key}: {dataset} is empty (0 rows)")
-    return rows
 
 
-def read_jsonl(path: Path) -> list[Row]:
+def read_jsonl(path: Path) -> Iterator[Row]:
     """One JSON object per line, nothing rounded: a number that Python's types cannot hold exactly stays text.
 
     Blank lines are skipped, a byte order mark is stripped.
@@ -89,29 +100,26 @@ def read_jsonl(path: Path) -> list[Row]:
         ValueError: Bad UTF-8, malformed JSON, NaN or Infinity, a repeated key, a lone surrogate, or a line that is no
             object.
     """
-    rows = []
-    # Not splitlines(): U+2028 and its like are legal inside a JSON string and would cut the line.
-    for number, line in enumerate(_decode(path).split("\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if line.strip():
-            rows.append(Row(_parse(line, f"{path}:{number}"), f"{path}:{number}", number - 1))
-    return rows
+            yield Row(_parse(line, f"{path}:{number}"), f"{path}:{number}", number - 1)
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path) -> Iterator[Row]:
     """A CSV file with a header; every value stays the text it is, so ``025`` keeps its zero.
 
     Raises:
         ValueError: Bad UTF-8, malformed quoting, a repeated column name, or a row with too few or too many values.
     """
-    reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True)
+    reader = csv.reader((part for line in _lines(path) for part in io.StringIO(line, newline="")), strict=True)
     header: list[str] | None = None
-    rows = []
+    number = 0
     while True:
         start = reader.line_num + 1  # a quoted value may span lines: name the first
         try:
             values = next(reader)
         except StopIteration:
-            return rows
+            return
         except csv.Error as error:
             raise ValueError(f"{path}:{start}: malformed CSV ({error})") from error
         if not values:
@@ -127,25 +135,30 @@ def read_csv(path: Path) -> list[Row]:
                 "quote values that hold commas"
             )
         else:
-            rows.append(Row(dict(zip(header, values, strict=True)), f"{path}:{start}", len(rows)))
+            yield Row(dict(zip(header, values, strict=True)), f"{path}:{start}", number)
+            number += 1
 
 
-def read_parquet(path: Path) -> list[Row]:
-    """A Parquet file.
+def read_parquet(path: Path) -> Iterator[Row]:
+    """A Parquet file, a part of a row group at a time.
 
     Raises:
         ValueError: It is not one, or is damaged.
     """
     import pyarrow.parquet
 
+    number = 0
     try:
-        columns = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                for columns in batch.to_pylist():
+                    yield Row(columns, f"{path}:{number + 1}", number)
+                    number += 1
     except (ValueError, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
-    return [Row(c, f"{path}:{i + 1}", i) for i, c in enumerate(columns)]
 
 
-_READERS: dict[str, Callable[[Path], list[Row]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": read_jsonl,
     ".json": read_jsonl,
     ".ndjson": read_jsonl,
@@ -154,16 +167,18 @@ _READERS: dict[str, Callable[[Path], list[Row]]] = {
 }
 
 
-def _decode(path: Path) -> str:
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: not UTF-8 (byte {raw[error.start]:#04x}); convert the file with: "
-            f"iconv -f <its encoding> -t utf-8 {path.name}"
-        ) from error
+def _lines(path: Path) -> Iterator[str]:
+    # Bytes end lines at \n alone: U+2028 and its like are legal inside a JSON string and would cut the line.
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            try:
+                yield raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}:{number}: not UTF-8 (byte {raw[error.start]:#04x}); convert the file with: "
+                    f"iconv -f <its encoding> -t utf-8 {path.name}"
+                ) from error
 
 
 def _parse(line: str, origin: str) -> dict[str, Any]:
@@ -212,7 +227,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return columns
 
 
-def _read_saved(path: Path, split: str, key: str) -> list[Row]:
+def _read_saved(path: Path, split: str, key: str, streaming: bool) -> Iterator[Row]:
     import datasets
 
     try:
@@ -232,7 +247,8 @@ def _read_saved(path: Path, split: str, key: str) -> list[Row]:
         loaded = loaded[split]
     elif split != "train":
         raise ValueError(f"data.init_args.{_split_key(key)}: {split!r}, but {path} was saved without splits")
-    return [Row(dict(c), f"{path}[{split}][{i}]", i) for i, c in enumerate(loaded.to_list())]
+    for i, columns in enumerate(loaded if streaming else loaded.to_list()):
+        yield Row(dict(columns), f"{path}[{split}][{i}]", i)
 
 
 def _split_key(key: str) -> str:
@@ -241,7 +257,7 @@ def _split_key(key: str) -> str:
     return "split" if key == "dataset" else key
 
 
-def _read_hub(name: str, subset: str | None, split: str, key: str, more: dict[str, Any]) -> list[Row]:
+def _read_hub(name: str, subset: str | None, split: str, key: str, more: dict[str, Any]) -> Iterator[Row]:
     import datasets
     from datasets.exceptions import DatasetsError
     from huggingface_hub import constants
@@ -254,8 +270,9 @@ def _read_hub(name: str, subset: str | None, split: str, key: str, more: dict[st
         raise ValueError(
             f"data.init_args.{key}: cannot load {name!r} (subset {subset!r}, split {split!r}): {error}"
         ) from error
-    assert isinstance(loaded, datasets.Dataset)
-    return [Row(dict(c), f"{name}[{split}][{i}]", i) for i, c in enumerate(loaded.to_list())]
+    assert isinstance(loaded, datasets.Dataset | datasets.IterableDataset)
+    for i, columns in enumerate(loaded.to_list() if isinstance(loaded, datasets.Dataset) else loaded):
+        yield Row(dict(columns), f"{name}[{split}][{i}]", i)
 
 
 def _probe_hub(name: str, key: str) -> None:

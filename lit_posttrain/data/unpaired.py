@@ -32,6 +32,7 @@ class UnpairedPreferences(ExampleData):
 
     def __init__(self, *, batch_size: int, **kwargs: Any):
         super().__init__(batch_size=batch_size, **kwargs)
+        self._longest: int | None = self.max_length
         if batch_size < 2:
             raise ValueError("data.init_args.batch_size: must be at least 2, so that completions can change places")
 
@@ -59,6 +60,11 @@ class UnpairedPreferences(ExampleData):
             else:
                 yield Example(prompt, [completion], [mask], {"label": [label], "role": [0.0]}, row.origin)
 
+    def check_fits(self, context_length: int) -> None:
+        """As the base class does; mismatched completions are cut to the model's positions."""
+        super().check_fits(context_length)
+        self._longest = min(self.max_length or context_length, context_length)
+
     def collate(self, split: Split, indices: list[int], positions: list[int]) -> ExampleBatch:
         """These examples as a whole batch."""
         return self.share(split, indices, list(range(len(indices))))
@@ -69,7 +75,7 @@ class UnpairedPreferences(ExampleData):
         for group, position in enumerate(positions):
             (own,) = self.lines(split, whole[position], group)
             other = self._before(split, whole, position)
-            room = self._longest - len(own.prompt)
+            room = None if self._longest is None else max(1, self._longest - len(own.prompt))
             columns = {**own.columns, "role": 1.0}
             rows += [
                 own,

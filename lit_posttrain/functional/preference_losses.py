@@ -150,7 +150,7 @@ def _scores(t: PairTerms, o: PairLossOptions) -> tuple[Tensor, Tensor]:
 
 def _slope(c: Tensor, o: PairLossOptions) -> Tensor:
     if o.f_divergence == "forward_kl":
-        return 1 - torch.exp(-c)
+        return -torch.expm1((-c).clamp(max=80.0))
     if o.f_divergence == "js_divergence":
         return math.log(2) + logsigmoid(c)
     if o.f_divergence == "alpha_divergence" and abs(o.alpha - 1) >= 1e-6:
@@ -242,8 +242,8 @@ def _apo_down(t: PairTerms, o: PairLossOptions) -> Tensor:
 def _discopop(t: PairTerms, o: PairLossOptions) -> Tensor:
     """DiscoPOP (2406.08414 Eq. 5)."""
     z = o.beta * _h(t, o)
-    share = (z / o.discopop_tau).sigmoid()
-    return -logsigmoid(z) * (1 - share) + (-z).exp() * share
+    u = z / o.discopop_tau
+    return -logsigmoid(z) * (-u).sigmoid() + (logsigmoid(u) - z).exp()  # e^-z alone may overflow where its share is 0
 
 
 def _sft(t: PairTerms, o: PairLossOptions) -> Tensor:
