@@ -26,7 +26,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("logs/route"))
     parser.add_argument("--demonstrations", type=int, default=1000)
     parser.add_argument("--comparisons", type=int, default=1500)
-    parser.add_argument("--pairs", type=int, default=3000)
+    parser.add_argument("--pairs", type=int, default=1500)
     parser.add_argument("--prompts", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(words)

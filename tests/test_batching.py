@@ -131,6 +131,50 @@ def test_packed_micro_batches_are_filled_up_to_the_budget() -> None:
         assert [b.rows.tolist() for b in split(sequences, mask, {}, budget, packed=True)] == expected
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    units=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=7),
+    budget=st.integers(1, 90),
+    packed=st.booleans(),
+)
+def test_rows_that_are_compared_stay_together(units: list[list[int]], budget: int, packed: bool) -> None:
+    """Units of completions of a prompt of three tokens, their rows interleaved: whole and in order in a micro-batch."""
+    rows = sorted((i, unit, n) for unit, lengths in enumerate(units) for i, n in enumerate(lengths))
+    sequences = pad_sequences([[100 + unit] * 3 for _, unit, _ in rows], [[1] * n for _, _, n in rows])
+    together = torch.tensor([unit for _, unit, _ in rows])
+    batches = split(sequences, sequences.completion_mask(), {}, budget, packed=packed, together=together)
+    assert sorted(i for batch in batches for i in batch.rows.tolist()) == list(range(len(rows)))
+    for batch in batches:
+        held = together[batch.rows].tolist()
+        for unit in set(held):
+            own = [i for i in batch.rows.tolist() if together[i] == unit]
+            assert own == (together == unit).nonzero()[:, 0].tolist()
+        padded = len(held) * max(3 + rows[i][2] for i in batch.rows.tolist())
+        shared = sum(3 + sum(n - 1 for n in units[unit]) for unit in set(held))
+        assert (shared if packed else padded) <= budget or len(set(held)) == 1
+
+
+def test_units_are_as_wide_as_the_longest_of_a_micro_batch() -> None:
+    """Two rows of 11 tokens and two of 3: 44 tokens padded to one width; packed 4 + 6 + 6 and 1 + 1 + 1."""
+    sequences = pad_sequences([[5] * 4, [6], [5] * 4, [6]], [[1] * 7, [2] * 2, [1] * 7, [2] * 2])
+    mask, together = sequences.completion_mask(), torch.tensor([0, 1, 0, 1])
+    for packed, budget, expected in (
+        *[(False, 44, [[0, 2, 1, 3]]), (False, 43, [[0, 2], [1, 3]]), (False, 1, [[0, 2], [1, 3]])],
+        *[(True, 19, [[0, 2, 1, 3]]), (True, 18, [[0, 2], [1, 3]]), (True, 1, [[0, 2], [1, 3]])],
+    ):
+        batches = split(sequences, mask, {}, budget, packed=packed, together=together)
+        assert [b.rows.tolist() for b in batches] == expected
+
+
+def test_a_packed_row_keeps_the_tokens_that_are_scored() -> None:
+    sequences = pad_sequences([[5, 6, 7], [8], [5, 6, 7]], [[1, 2, 3], [4, 9], [1]])
+    row = pack(sequences, last=True)
+    assert row.ids.tolist() == [[5, 6, 7, 1, 2, 3, 1, 8, 4, 9]]
+    assert row.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 0, 1, 2]]
+    assert [tuple(group) for group in row.groups] == [(0, 3, (3, 1)), (7, 1, (2,))]
+    assert [row.states.tolist()[i][n - 1] for i, n in enumerate(sequences.lengths.tolist())] == [5, 9, 6]
+
+
 def test_a_row_above_the_budget_goes_alone() -> None:
     batches = split(*batch_of([(2, 3), (10, 20), (2, 3)]), 12)
     assert [batch.rows.tolist() for batch in batches] == [[1], [0, 2]]

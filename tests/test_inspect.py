@@ -126,6 +126,18 @@ def test_examples_beyond_the_context_are_wrong(
     assert "and the model has 512" in capsys.readouterr().err
 
 
+def test_the_same_example_again_is_a_duplicate_and_the_same_prompt_is_none(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for end, status in (("{}", 0), ("", 3)):
+        rows = write(
+            tmp_path / "rows.jsonl", lambda i, e=end: {"prompt": f"p{i % 2}", "completion": f"c{e}".format(i)}, 20
+        )
+        file = experiment(tmp_path, "SFT", tiny_model, "SupervisedExamples", dataset=str(rows), held_out_percent=0)
+        assert run("--config", str(file)) == status
+    assert "18 of 20 examples are duplicates" in capsys.readouterr().err
+
+
 def test_bad_rows_end_with_the_status_of_a_user_error(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,17 @@ def test_every_row_has_its_own_value(tiny_model: Path, tmp_path: Path, examples:
     assert torch.equal(got.cache.read("train", torch.tensor([299, 0, 7])), expected(examples)[[299, 0, 7]])
 
 
+def test_each_split_reads_its_own(tiny_model: Path, tmp_path: Path) -> None:
+    found = data("dpo", tiny_model, tmp_path, val_size=None, held_out_percent=40)
+    found.setup()
+    policy = Policy(PolicyConfig(model=str(tiny_model), compute_dtype="float32"))
+    cache = ReferenceCache(str(tmp_path / "c"), Reference(policy, ReferenceConfig()), "float32")
+    for split, first in (("train", 0), ("val", 1000)):
+        cache.fill(split, found, lambda batch, n=first: batch.columns["row"].float() + n, lambda *_: None, CPU)
+    assert cache.read("train", torch.tensor([3, 0])).tolist() == [3, 0]
+    assert cache.read("val", torch.tensor([3, 0])).tolist() == [1003, 1000]
+
+
 def test_the_same_weights_and_data_find_it(tiny_model: Path, tmp_path: Path, examples: Any) -> None:
     first = Filled(tiny_model, tmp_path / "c", examples)
     before = only(tmp_path / "c").stat().st_mtime_ns

@@ -8,14 +8,15 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import grpo, limits, rollout, scale, train
+from . import grpo, limits, offline, rollout, scale, train
 from .models import CONFIGS
 from .rows import say
 from .settings import Bench
-from .workers import BenchError, environment, run_once
+from .workers import ROOT, BenchError, environment, run_once
 
 SECTIONS: dict[str, tuple[Callable[[Bench], dict[str, Any]], str]] = {
     "limits": (limits.run, "what this machine would allow"),
@@ -23,8 +24,16 @@ SECTIONS: dict[str, tuple[Callable[[Bench], dict[str, Any]], str]] = {
     "grpo": (grpo.run, "whole GRPO iterations, beside TRL with --peer trl"),
     "train": (train.run, "forward and backward over ragged sequences, beside padded HF with --peer trl"),
     "scale": (scale.run, "time against prompt length, group size, completion length and processes"),
+    "sft": (partial(offline.run, "sft"), "steps of supervised fine-tuning, beside TRL with --peer trl"),
+    "rm": (partial(offline.run, "rm"), "steps of a reward model on rankings, beside TRL's on pairs with --peer trl"),
+    "dpo": (partial(offline.run, "dpo"), "steps of DPO, beside TRL with --peer trl"),
 }
 ALL = ("limits", "rollout", "grpo", "train")
+COMPARISONS: dict[str, Sequence[str]] = {
+    "grpo": list(grpo.VARIANTS),
+    **{task: list(names) for task, names in offline.VARIANTS.items()},
+}
+DEFAULT_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"  # as scripts/fetch_model.py leaves it
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,10 +44,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     what = "; ".join(f"{name}: {text}" for name, (_, text) in SECTIONS.items())
-    cli.add_argument("section", choices=[*SECTIONS, "all"], help=f"{what}; all: {', '.join(ALL)}")
-    cli.add_argument("--model", metavar="DIR", help="folder of a HF causal LM")
+    cli.add_argument("section", nargs="+", choices=[*SECTIONS, "all"], help=f"{what}; all: {', '.join(ALL)}")
+    cli.add_argument(
+        "--model",
+        metavar="DIR",
+        help=f"folder of a HF causal LM; for sft, rm and dpo models/{DEFAULT_MODEL.name} if unset",
+    )
     cli.add_argument("--random_init", metavar="CONFIG", help=f"random weights instead: {', '.join(CONFIGS)}")
-    cli.add_argument("--peer", choices=["trl"], help="also measure this library (grpo, train)")
+    cli.add_argument("--peer", choices=["trl"], help="also measure this library (grpo, train, sft, rm, dpo)")
     cli.add_argument("--peer_python", metavar="PATH", help="Python that has the peers; ours by default")
     cli.add_argument("--json", type=Path, metavar="FILE", help="write results here; other sections in it are kept")
     cli.add_argument("--prompts", type=positive, default=8, help="prompts of one iteration")
@@ -55,16 +68,24 @@ def parser() -> argparse.ArgumentParser:
         "--allocator", choices=["mallopt", "default", "tcmalloc"], default="mallopt", help="of all workers alike"
     )
     cli.add_argument(
-        "--micro_batches", type=positives, default=[8, 16, 32], help="sizes that the peer may choose from, by commas"
+        "--micro_batches",
+        type=positives,
+        default=[8, 16, 32],
+        help="sizes in sequences that the peer may choose from, by commas",
     )
+    known = "; ".join(f"{section}: {', '.join(names)}" for section, names in COMPARISONS.items())
     cli.add_argument(
-        "--variants", type=variants, default=list(grpo.VARIANTS), help="grpo: which comparisons, by commas"
+        "--variants", type=variants, default=all_variants(), help=f"which comparisons, by commas ({known})"
     )
     cli.add_argument(
         "--token_budget", type=positive, help="tokens of our micro-batches; the product's default if unset"
     )
     cli.add_argument("--scale_tokens", type=positive, default=4096, help="scale: tokens of an iteration, about")
-    cli.add_argument("--quick", action="store_true", help="scale: short axes; limits: a small copy")
+    cli.add_argument(
+        "--quick",
+        action="store_true",
+        help="scale: short axes; limits: a small copy; sft, rm, dpo: a quarter of the examples",
+    )
     return cli
 
 
@@ -86,12 +107,22 @@ def positives(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
+def all_variants() -> list[str]:
+    """Every name in ``COMPARISONS`` once."""
+    return list(dict.fromkeys(name for names in COMPARISONS.values() for name in names))
+
+
 def variants(text: str) -> list[str]:
-    """Names of ``grpo.VARIANTS``, separated by commas."""
+    """Names in ``COMPARISONS``, separated by commas."""
     names = text.split(",")
-    if unknown := [name for name in names if name not in grpo.VARIANTS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]}: no such comparison; there are {', '.join(grpo.VARIANTS)}")
+    if unknown := [name for name in names if name not in all_variants()]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: no such comparison; there are {', '.join(all_variants())}")
     return names
+
+
+def sections(args: argparse.Namespace) -> list[str]:
+    """What is run, each once."""
+    return list(dict.fromkeys(name for asked in args.section for name in (ALL if asked == "all" else [asked])))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -100,8 +131,16 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         BenchError: The arguments contradict each other or name what is not there.
     """
+    asked = sections(args)
+    if args.model is None and args.random_init is None and set(asked) <= set(offline.VARIANTS):
+        args.model = str(DEFAULT_MODEL)
     if (args.model is None) == (args.random_init is None):
         raise BenchError("give either --model DIR or --random_init CONFIG")
+    for section in asked:
+        if section in COMPARISONS and not set(args.variants) & set(COMPARISONS[section]):
+            raise BenchError(
+                f"--variants: none of them is one of {section}, which has {', '.join(COMPARISONS[section])}"
+            )
     if args.random_init is not None and args.random_init not in CONFIGS:
         raise BenchError(f"--random_init {args.random_init}: no such configuration; there are {', '.join(CONFIGS)}")
     if args.model is not None and not (Path(args.model) / "config.json").is_file():
@@ -159,8 +198,11 @@ def run(args: argparse.Namespace) -> None:
     results, env = previous(args.json), environment(args.threads, args.allocator)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         model = args.model or str(Path(folder) / "model")
-        setup = {k: getattr(args, k) for k in ("random_init", "device", "dtype", "seed", "prompts", "prompt_tokens")}
-        found = run_once("prepare", {**setup, "model": model}, env)
+        setup = {
+            k: getattr(args, k) for k in ("random_init", "device", "dtype", "seed", "prompts", "prompt_tokens", "quick")
+        }
+        tasks = [name for name in sections(args) if name in offline.VARIANTS]
+        found = run_once("prepare", {**setup, "model": model, "offline": tasks, "folder": folder}, env)
         if "error" in found:
             raise BenchError(found["error"])
         bench = Bench(args, model, folder, env, found, results)
@@ -168,7 +210,7 @@ def run(args: argparse.Namespace) -> None:
         found["machine"] = machine
         bench.results = merge(args.json, results, machine)
         say(f"{machine['gpu'] or machine['cpu']}, {args.threads} threads, {machine['dtype']}, {machine['versions']}")
-        for section in ALL if args.section == "all" else [args.section]:
+        for section in sections(args):
             bench.results[section] = {**SECTIONS[section][0](bench), "settings": bench.described()}
             bench.results = merge(args.json, bench.results, found["machine"])
             if args.json is not None:

@@ -24,7 +24,7 @@ def run(bench: Bench) -> dict[str, Any]:
     rows, micro_batches = Rows("grpo"), {}
     trl = bench.args.peer == "trl"
     version = None
-    for variant in bench.args.variants:
+    for variant in bench.variants(VARIANTS):
         _, kind, bf16 = VARIANTS[variant]
         if bf16 and (bench.dtype != "bfloat16" or not bench.found["multiplies_bfloat16"]):
             say("grpo: bf16 left out: this machine, or --dtype, does not multiply bfloat16")

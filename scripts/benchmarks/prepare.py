@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from . import offline_data
 from .models import write_random_model
 from .protocol import Channel
 from .questions import QUESTIONS
@@ -53,9 +54,25 @@ def main() -> None:
         fixed_prompts=random_prompts,
         natural_prompts=chat or random_prompts,
         natural_source="chat questions" if chat else "random tokens",
+        offline=offline(tokenizer, setup) if setup["offline"] else None,
         stops=[] if stops is None else [stops] if isinstance(stops, int) else list(stops),
         machine=machine(device, dtype),
     )
+
+
+def offline(tokenizer: Any, setup: dict[str, Any]) -> dict[str, Any]:
+    """Examples for the sections that learn from fixed ones; for a reward model also the network that it begins with."""
+    names = [name for task in setup["offline"] for name in ([task, "pairs"] if task == "rm" else [task])]
+    examples = {name: offline_data.make(name, tokenizer, setup["seed"], quick=setup["quick"]) for name in names}
+    classifier = None
+    if "rm" in setup["offline"]:
+        classifier = Path(setup["folder"]) / "classifier"
+        offline_data.write_classifier(setup["model"], tokenizer, classifier, setup["seed"])
+    return {
+        "examples": examples,
+        "padding": offline_data.padding_token(tokenizer, [e for made in examples.values() for e in made]),
+        "classifier": None if classifier is None else str(classifier),
+    }
 
 
 def draw_prompts(vocabulary: int, setup: dict[str, Any]) -> list[list[int]]:

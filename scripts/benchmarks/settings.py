@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,10 @@ class Bench:
             "folder": self.folder,
             **more,
         }
+
+    def variants(self, known: Iterable[str]) -> list[str]:
+        """Those of a section's comparisons that were asked for, in the section's order."""
+        return [name for name in known if name in self.args.variants]
 
     def prompts(self, kind: str) -> list[list[int]]:
         """Questions where completions end by themselves, random tokens where they do not."""

@@ -2,15 +2,18 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from offline_runs import KINDS, data, fit, module, ranking, write
 from tiny import write_tiny_model
-from tiny_runs import Recorder, gap, weights
+from tiny_runs import Recorder, curve, gap, weights
 from torch.nn.functional import logsigmoid
 
+from lit_posttrain.algorithms.generations import answer
+from lit_posttrain.batching import pad_sequences
 from lit_posttrain.data import Preferences
 from lit_posttrain.functional.preference_losses import PairLossOptions
 from lit_posttrain.policy import LoraConfig, load_network
@@ -243,3 +246,32 @@ def test_evaluation_estimates_kl_on_the_policys_own_answers(tiny_model: Path, tm
                 limit_val_batches=1.0, val_check_interval=3)  # fmt: skip
     assert seen[0] == pytest.approx(0.0, abs=1e-4)
     assert abs(seen[-1]) > 1e-3
+
+
+def test_that_kl_is_the_mean_log_ratio_of_answers(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the answers that were sampled, by transformers: a sum over tokens, a mean over answers."""
+    asked: list[tuple[list[int], list[int]]] = []
+
+    def recording(engine: Any, examples: Any, *rest: Any) -> Any:
+        completions = answer(engine, examples, *rest)
+        asked.extend((e.prompt, c.token_ids) for e, c in zip(examples, completions, strict=True))
+        return completions
+
+    monkeypatch.setattr("lit_posttrain.algorithms.preference.answer", recording)
+    run = module("dpo", tiny_model, lr=3.0)
+    fit(run, data("dpo", tiny_model, tmp_path, val_size=4, held_out_percent=30), tmp_path, max_steps=3,
+        limit_val_batches=1.0, val_check_interval=3)  # fmt: skip
+    assert sum(len(ids) for _, ids in asked) > len(asked) == 2
+    answers = SimpleNamespace(sequences=pad_sequences(*zip(*asked, strict=True)))
+    own, reference = (sums(n.eval(), answers) for n in (run.built_policy().model, load_network(str(tiny_model))))
+    expected = float((own - reference).mean())
+    assert abs(expected) > 1e-2
+    assert curve(tmp_path, "eval/objective/kl") == [pytest.approx(expected, rel=1e-4)]
+
+
+def test_rewards_that_tie_are_not_right(computed: Any) -> None:
+    """The policy begins as its reference, so both rewards are 0."""
+    assert computed.recorder.results[0].metrics["rewards/accuracies"] == 0.0
+    assert computed.recorder.results[-1].metrics["rewards/accuracies"] > 0.0

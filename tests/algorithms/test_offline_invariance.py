@@ -1,5 +1,6 @@
 """Learning from fixed examples: it learns, whatever the token budget and layout, and only from what counts."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 from offline_runs import KINDS, data, fit, module, trained, write
-from tiny_runs import Recorder, gap, weights
+from tiny import write_tiny_model
+from tiny_runs import Recorder, curve, gap, weights
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from lit_posttrain.batching import split
 from lit_posttrain.functional.masked import Totals
-from lit_posttrain.policy import Policy, PolicyConfig
+from lit_posttrain.policy import Policy, PolicyConfig, load_network
+from lit_posttrain.reference import ReferenceConfig
 from lit_posttrain.scalar_heads import ScoreNetwork, last_tokens
 from lit_posttrain.types import ExampleBatch, Sequences
 
@@ -68,6 +72,62 @@ def test_token_budget_and_layout_change_nothing(
     moved = gap(weights(run), before)
     assert moved > 1e-3
     assert gap(state(run), expected) < 2e-6 * max(1.0, max(float(x.abs().max()) for x in expected.values()))
+
+
+def negative_log_likelihoods(network: Any, batch: ExampleBatch) -> Tensor:
+    """Of each completion a sum over its tokens, by transformers and a row at a time."""
+    values = []
+    for ids, prompt, length in zip(*batch.sequences, strict=True):
+        with torch.no_grad():
+            logits = network(input_ids=ids[None, :length]).logits[0].double()
+        values.append(cross_entropy(logits[prompt - 1 : length - 1], ids[prompt:length], reduction="sum"))
+    return torch.stack(values)
+
+
+@pytest.mark.trap(15)
+@pytest.mark.parametrize("normalisation", ["token_mean", "sequence_sum"])
+def test_sft_divides_by_tokens_or_sequences_of_the_step(normalisation: str, tiny_model: Path, tmp_path: Path) -> None:
+    run = module("sft", tiny_model, normalisation=normalisation, token_budget=40)
+    recorder, examples = Recorder(run), data("sft", tiny_model, tmp_path, val_size=5, held_out_percent=40)
+    fit(run, examples, tmp_path, max_steps=1, limit_val_batches=1.0, val_check_interval=1)
+    assert len(recorder.updates[0]) > 1
+    held_out = examples.collate("val", list(range(examples.size("val"))), list(range(examples.size("val"))))
+    totals = []
+    for network, batch in ((load_network(str(tiny_model)), examples.batch(0)), (run.built_policy().model, held_out)):
+        tokens = int((batch.sequences.lengths - batch.sequences.prompt_lengths).sum())
+        totals.append((float(negative_log_likelihoods(network, batch).sum()), tokens, len(batch.sequences.ids)))
+    expected = [nll / (tokens if normalisation == "token_mean" else rows) for nll, tokens, rows in totals]
+    assert recorder.results[0].metrics["loss"] == pytest.approx(expected[0], rel=1e-5)
+    assert curve(tmp_path, "eval/loss") == [pytest.approx(expected[1], rel=1e-5)]
+    assert curve(tmp_path, "eval/perplexity") == [pytest.approx(math.exp(totals[1][0] / totals[1][1]), rel=1e-4)]
+
+
+@pytest.mark.parametrize("budget", [40, 4096])
+@pytest.mark.parametrize("below", [False, True])
+def test_kto_holds_the_step_against_one_reference_point(
+    below: bool, budget: int, tiny_model: Path, tmp_path: Path
+) -> None:
+    """2402.01306 Eq. 8: z is the mean log-ratio of the step's mismatched completions, and never below 0.
+
+    With policy and reference exchanged every log-ratio changes its sign, so z is 0 in one of the cases.
+    """
+    models = [write_tiny_model(tmp_path / "other", seed=9), tiny_model]
+    policy, reference = models[::-1] if below else models
+    constants = {"beta": 0.1, "desirable_weight": 1.3, "undesirable_weight": 0.7}
+    run = module("kto", policy, reference=ReferenceConfig(model=str(reference)), token_budget=budget, **constants)
+    recorder, examples = Recorder(run), data("kto", policy, tmp_path)
+    fit(run, examples, tmp_path, max_steps=1)
+    batch = examples.batch(0)
+    own, other = (-negative_log_likelihoods(load_network(str(m)).eval(), batch) for m in (policy, reference))
+    matched, mean = batch.columns["role"] == 0, float((own - other)[batch.columns["role"] == 1].mean())
+    assert (mean < -0.1) if below else (mean > 0.1)
+    gain, good = 0.1 * (own - other - max(0.0, mean))[matched], batch.columns["label"][matched] > 0
+    assert good.any()
+    assert not good.all()
+    expected = torch.where(good, 1.3 * (1 - gain.sigmoid()), 0.7 * (1 - (-gain).sigmoid())).mean()
+    assert recorder.results[0].metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert recorder.results[0].metrics["kl"] == pytest.approx(max(0.0, mean), rel=1e-4)
+    assert (len(recorder.updates[0]) > 1) == (budget == 40)
 
 
 # --- where gradients go ---------------------------------------------------------------------------------------------

@@ -13,18 +13,19 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from offline_runs import data, module
+from offline_runs import data, demonstration, module, trained, write
 from test_grpo_resume import At, flat, ignore
 from tiny_runs import child, scalars, trainer
 
 from lit_posttrain import callbacks
 from lit_posttrain.callbacks import CheckpointEvery
 from lit_posttrain.checkpoint import newest_checkpoint
+from lit_posttrain.data import Source
 from lit_posttrain.schedules import Schedule
 
 STEPS = 6  # 16 examples in batches of 4: into the second epoch
 Tick = Callable[[str, int], None]
-KINDS = ("sft", "rm", "dpo", "kto", "cached")
+KINDS = ("sft", "rm", "dpo", "kto", "cached", "streamed")
 LOGGED = ("loss", "grad_norm", "learning_rate", "num_tokens", "epoch")
 
 
@@ -39,8 +40,8 @@ class Between(Callback):
 def build(kind: str, model: Path, folder: Path, tick: Tick, **overrides: Any) -> Any:
     if kind == "cached":
         kind, overrides = "dpo", {"reference_cache": str(folder / "cache"), **overrides}
-    if kind == "sft":
-        overrides = {"dropout": 0.2, **overrides}
+    if kind in ("sft", "streamed"):
+        kind, overrides = "sft", {"dropout": 0.2, **overrides}
     run = module(
         kind, model,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
@@ -63,6 +64,15 @@ def build(kind: str, model: Path, folder: Path, tick: Tick, **overrides: Any) ->
     return run
 
 
+def examples(kind: str, model: Path, folder: Path) -> Any:
+    if kind != "streamed":
+        return data("dpo" if kind == "cached" else kind, model, folder)
+    # 24 examples of sources of 9 and 4: into further laps of both.
+    files = [str(write(folder / name, demonstration, n)) for name, n in (("a.jsonl", 9), ("b.jsonl", 4))]
+    mixed = [Source(path=file, weight=weight) for file, weight in zip(files, (2.0, 1.0), strict=True)]
+    return data("sft", model, folder, datasets=mixed, streaming=True, shuffle_buffer=3, train_size=16)
+
+
 def attempt(kind: str, model: Path, folder: Path, tick: Tick) -> None:
     """One start of the program: from the newest checkpoint if there is one."""
     warnings.simplefilter("ignore")
@@ -78,8 +88,7 @@ def attempt(kind: str, model: Path, folder: Path, tick: Tick) -> None:
     found = newest_checkpoint(folder / "version_0", report=lambda m: pytest.fail(m))
     logger = TensorBoardLogger(folder, name="", version=0, purge_step=found.step + 1 if found else 1)
     run = trainer(folder, Between(tick), CheckpointEvery(1, keep_last=2), logger=logger, max_steps=STEPS)
-    examples = data("dpo" if kind == "cached" else kind, model, folder)
-    run.fit(build(kind, model, folder, tick), examples, ckpt_path=found and found.state)
+    run.fit(build(kind, model, folder, tick), examples(kind, model, folder), ckpt_path=found and found.state)
 
 
 def result(folder: Path) -> Any:
@@ -89,7 +98,10 @@ def result(folder: Path) -> Any:
         entry = json.loads(line)
         key, value = (entry["step"], entry["last"]), (entry["loss"], entry["norm"])
         assert history.setdefault(key, value) == value, f"update {key} was computed again and came out differently"
-    curves = {tag: [(s, v.hex()) for s, v in scalars(folder)[f"train/{tag}"]] for tag in LOGGED}
+    logged = scalars(folder)
+    curves = {tag: [(s, v.hex()) for s, v in logged[f"train/{tag}"]] for tag in LOGGED}
+    # A source's name is its path, which holds the run's folder.
+    curves |= {Path(tag).name: [(s, v.hex()) for s, v in logged[tag]] for tag in logged if "/draws/" in tag}
     newest = newest_checkpoint(folder / "version_0", report=lambda m: pytest.fail(m))
     assert newest is not None
     state = torch.load(newest.state, weights_only=True)
@@ -115,6 +127,11 @@ def test_the_undisturbed_runs(undisturbed: dict[str, Any]) -> None:
         assert len({v for _, v in curves["loss"]}) == STEPS
         assert len({v for _, v in curves["learning_rate"]}) >= STEPS - 1
         assert [float.fromhex(v) for _, v in curves["epoch"]] == [i / 4 for i in range(1, STEPS + 1)]
+    drawn = [undisturbed["streamed"][1][name] for name in ("a.jsonl", "b.jsonl")]
+    counts = [[float.fromhex(v) for _, v in curve] for curve in drawn]
+    assert [a + b for a, b in zip(*counts, strict=True)] == [4 * i for i in range(1, STEPS + 1)]
+    assert counts[0][-1] > 9
+    assert counts[1][-1] > 4
     # Where the reference's log-probs come from plays no part; their last bit depends on what was scored together.
     (computed, *_), (read, *_) = undisturbed["dpo"], undisturbed["cached"]
     for step, values in computed.items():
@@ -134,7 +151,7 @@ def test_killed_and_started_again(
     assert result(tmp_path) == undisturbed[kind]
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "streamed"])
 def test_asked_to_stop_it_saves_and_goes_on_exactly(
     kind: str, tiny_model: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -159,3 +176,15 @@ def test_another_initial_model_is_refused(tiny_model: Path, tmp_path: Path) -> N
             attempt("dpo", other, tmp_path, ignore)
 
     assert child(resumed) == 0
+
+
+def test_a_cache_of_what_streams_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """Its rows would be numbered otherwise than those it was filled with."""
+    with pytest.raises(
+        ValueError, match=r"^model.init_args.reference_cache: data.init_args.streaming reads rows while"
+    ):
+        trained(
+            "dpo", tiny_model, tmp_path, data=data("dpo", tiny_model, tmp_path, streaming=True),
+            reference_cache=str(tmp_path / "cache"),
+        )  # fmt: skip
+    assert not (tmp_path / "cache").exists()

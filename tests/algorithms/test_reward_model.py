@@ -108,6 +108,21 @@ def test_margins_and_centring(tiny_model: Path, tmp_path: Path) -> None:
     assert run.recorder.results[0].metrics["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_centring_of_rankings_is_a_mean_over_pairs(tiny_model: Path, tmp_path: Path) -> None:
+    run = recorded("rm", tiny_model, tmp_path, centring=0.1)
+    batch = run.trainer.datamodule.batch(0)
+    scores = raw(started(tiny_model).model, batch.sequences.ids, batch.sequences.lengths)
+    group, better = batch.columns["group"], batch.columns["preference"]
+    pairs = [
+        (i, j)
+        for i, j in itertools.combinations(range(len(scores)), 2)
+        if group[i] == group[j] and better[i] != better[j]
+    ]
+    added = 0.1 * sum(float(scores[i] + scores[j]) ** 2 for i, j in pairs) / len(pairs)
+    expected = equation_one(batch, scores) + added
+    assert run.recorder.results[0].metrics["loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_new_head_is_drawn_as_published(tiny_model: Path) -> None:
     """N(0, 1 / (d + 1)) and bias 0; the seed decides."""
     heads = [started(tiny_model).model.score for _ in range(2)]  # type: ignore[union-attr]
