@@ -23,7 +23,7 @@ def main() -> None:
     setup = channel.receive()
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from lit_posttrain.algorithms import GRPO
+    from lit_posttrain.algorithms.online import OnlineModule
     from lit_posttrain.precision import multiplies_bfloat16
 
     device = setup["device"]
@@ -50,7 +50,7 @@ def main() -> None:
         gpus=torch.cuda.device_count() if device == "cuda" else 0,
         dtype=dtype,
         multiplies_bfloat16=bf16,
-        token_budget=inspect.signature(GRPO).parameters["token_budget"].default,
+        token_budget=inspect.signature(OnlineModule).parameters["token_budget"].default,
         fixed_prompts=random_prompts,
         natural_prompts=chat or random_prompts,
         natural_source="chat questions" if chat else "random tokens",

@@ -298,3 +298,18 @@ def test_dual_clip_by_hand() -> None:
     (gradient,) = torch.autograd.grad(out.per_token.sum(), log_probs)
     torch.testing.assert_close(gradient, torch.tensor([[0.0, 2.0, 0.0]]))
     assert out.clipped_dual.tolist() == [[True, False, False]]
+
+
+def test_the_critics_view_follows_its_weights(tiny_model: Path, tmp_path: Path) -> None:
+    """In bf16 values are computed with a copy of the weights, made again after every update."""
+    policy = {"compute_dtype": "bfloat16"}
+    from lit_posttrain.policy import PolicyConfig
+
+    module = ppo(tiny_model, policy=None, lr=0.5, objective=ppo_objective(kl=0.0))
+    module.policy_config = PolicyConfig(model=str(tiny_model), **policy)  # type: ignore[arg-type]
+    fit(module, prompts(tiny_model, tmp_path), tmp_path, max_steps=2)
+    critic = module.critic
+    assert critic is not None
+    assert critic.view is not None
+    for master, low in critic.view.pairs:
+        assert torch.equal(low, master.to(torch.bfloat16))

@@ -305,3 +305,35 @@ def test_matches_trl() -> None:
         theirs, entropy = utils.selective_log_softmax_and_entropy(logits, x.ids[:, 1:], temperature=0.8)
     torch.testing.assert_close(ours.log_probs, theirs, atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.entropy, entropy, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_entropys_gradient_is_autograds(softcap: float | None) -> None:
+    """Through temperature, soft cap and the mask, beside the gradient of the log-probs; and none unless asked for."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 5, 4), (7, 4)))
+    ids = torch.randint(0, 7, (2, 5), generator=generator)
+    mask = torch.rand(2, 4, generator=generator) < 0.7
+    weights = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    gradients = []
+    for ours in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if ours:
+            out = token_log_probs(
+                h, w, ids, 0.7, mask=mask, softcap=softcap, with_entropy=True, entropy_gradient=True, chunk=2
+            )
+            log_probs, entropy = out.log_probs, out.entropy
+            assert entropy is not None
+        else:
+            logits = h @ w.T
+            logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / 0.7
+            every = logits.log_softmax(-1)[:, :-1]
+            log_probs = every.gather(-1, ids[:, 1:, None])[..., 0].where(mask, 0.0)
+            entropy = -(every.exp() * every).sum(-1).where(mask, 0.0)
+        ((log_probs + 2 * entropy) * weights).sum().backward()
+        gradients.append((h.grad, w.grad))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+    plain = token_log_probs(hidden.requires_grad_(), weight, ids, 0.7, mask=mask, with_entropy=True).entropy
+    assert plain is not None
+    assert not plain.requires_grad
