@@ -253,7 +253,7 @@ def test_a_mismatch_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     offline.check("sft", "masters", "bfloat16", {"loss": 2.0, **norm}, {"loss": 2.01, **norm})
     assert "ours     2.0000  trl     2.0100  0.50% apart" in capsys.readouterr().out
     for dtype, other in (("float32", 2.01), ("bfloat16", 2.1), ("bfloat16", math.nan)):
-        with pytest.raises(workers.BenchError, match="sft masters: loss .* the two sides do not compute the same"):
+        with pytest.raises(workers.BenchError, match=r"sft masters: loss .* the two sides do not compute the same"):
             offline.check("sft", "masters", dtype, {"loss": 2.0, **norm}, {"loss": other, **norm})
     with pytest.raises(workers.BenchError, match="sft masters: grad_norm"):
         offline.check("sft", "masters", "bfloat16", {"loss": 2.0, **norm}, {"loss": 2.0, "grad_norm": 1.2})

@@ -65,6 +65,24 @@ def test_every_group_keeps_its_own_peak() -> None:
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.05]
 
 
+def test_a_loaded_schedule_goes_on_from_where_it_stood() -> None:
+    """Warm-up over two iterations from one half, then a line down to 0 at iteration 8; saved before iteration 5."""
+    seen: list[float] = []
+    state: list[dict[str, Any]] = []
+    for stop in (5, 8):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=PEAK)
+        schedule = Schedule(optimizer, decay="linear", warmup_steps=2, warmup_ratio=0.5)
+        schedule.run_for(8)
+        for saved, into in zip(state, (optimizer, schedule), strict=False):
+            into.load_state_dict(saved)
+        while len(seen) < stop:
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        state = [optimizer.state_dict(), schedule.state_dict()]
+    assert seen == pytest.approx([0.25, 0.375, *[PEAK * (1 - i / 6) for i in range(6)]])
+
+
 @pytest.mark.parametrize(
     ("wrong", "key"),
     [

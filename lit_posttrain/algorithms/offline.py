@@ -90,7 +90,9 @@ class OfflineModule(PostTrainModule):
     def each(self, batch: ExampleBatch, rows: Tensor | None = None) -> Iterator[MicroBatch]:
         """Micro-batches on the device, for passes without gradient; as many on every rank."""
         packed = self.built_policy().packs(batch.sequences.ids.shape[1]) if len(batch.sequences.ids) else True
-        batches = split(batch.sequences, batch.mask, {}, self.token_budget, rows, packed=packed)
+        # The loss's own layout: in low precision another one rounds otherwise, and reference and policy would differ.
+        together = batch.columns["group"] if self.together else None
+        batches = split(batch.sequences, batch.mask, {}, self.token_budget, rows, packed=packed, together=together)
         for micro_batch in same_number(batches, {}, self.device):
             yield to_device(micro_batch, self.device)
             self.advance()

@@ -17,8 +17,8 @@ WARMUPS = 2
 # Learning rates, of both sides alike.
 RATES = {"sft": 1e-5, "rm": 9e-6, "dpo": 1e-6}
 # What both sides say of a step, under the same names, and how far apart in bf16 the first step may be, relatively: a
-# norm adds up the noise of every gradient, and a ranking's loss that of differences. DPO's loss begins at log 2 whatever
-# the data are, so its log-probs are compared too.
+# norm adds up the noise of every gradient, and a ranking's loss that of differences. DPO's loss begins at log 2
+# whatever the data are, so its log-probs are compared too.
 CHECKED: dict[str, dict[str, float]] = {
     "sft": {"loss": 0.01, "grad_norm": 0.1},
     "rm": {"loss": 0.03, "grad_norm": 0.1},

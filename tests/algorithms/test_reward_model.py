@@ -217,6 +217,19 @@ def test_exported_scores_are_the_normalised_ones(
         assert float(samples.var(correction=0)) == pytest.approx(1.0, rel=1e-3)
 
 
+def test_a_checkpoint_holds_the_scale_of_its_weights(tiny_model: Path, tmp_path: Path) -> None:
+    """Also where the weights were copied off an accelerator before the hook: what moves then is not what is saved."""
+    run = recorded("rm", tiny_model, tmp_path, normalise=True)
+    checkpoint = {"state_dict": {name: value.clone() for name, value in run.state_dict().items()}}
+    assert float(checkpoint["state_dict"]["policy.shift"]) == 0.0
+    run.on_save_checkpoint(checkpoint)
+    batches = run.trainer.datamodule.demonstrations()
+    scores = torch.cat([raw(run.network().model, b.sequences.ids, b.sequences.lengths) for b in batches])
+    assert len(scores) == 16
+    assert float(checkpoint["state_dict"]["policy.shift"]) == pytest.approx(float(scores.mean()), rel=1e-4)
+    assert abs(float(scores.mean())) > 1e-3
+
+
 def test_without_normalisation_scores_stay_raw(tiny_model: Path, tmp_path: Path) -> None:
     run, network, out = exported(tiny_model, tmp_path, normalise=False)
     assert float(run.network().gain) == 1.0
