@@ -179,6 +179,8 @@ def test_the_kl_coefficient_is_adapted_by_answers(tiny_model: Path, tmp_path: Pa
         expected.append(expected[-1] * (1 + error * BATCH * GROUP / 100.0))
     assert coefs == pytest.approx(expected, rel=1e-5)
     assert len(set(coefs)) == 4
+    charged = curve(tmp_path / "run", "train/objective/non_score_reward")
+    assert charged == pytest.approx([-c * k for c, k in zip(coefs, kls, strict=True)], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("shared", [False, True])
