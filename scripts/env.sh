@@ -61,7 +61,7 @@ lp_install() {
 
 lp_environment() {
     local extras=$1 wanted installed start=$SECONDS
-    wanted=$(cat pyproject.toml scripts/constraints.txt | cksum | cut -d' ' -f1)
+    wanted=$(cat pyproject.toml scripts/constraints.txt scripts/env.sh | cksum | cut -d' ' -f1)
     installed=$(cat .venv/.installed 2>/dev/null || true)
     case "$installed" in
         "$wanted $extras" | "$wanted $extras,"*) ;;
