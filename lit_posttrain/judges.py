@@ -6,10 +6,9 @@ from typing import Any, NamedTuple, final
 
 import torch
 
-from lit_posttrain.batching import pad_sequences, split, to_device
 from lit_posttrain.policy import PolicyConfig
 from lit_posttrain.rewards.base import RewardFunction, judge
-from lit_posttrain.scalar_heads import ScoreNetwork, last_tokens
+from lit_posttrain.scalar_heads import Scorer
 from lit_posttrain.types import Sample
 
 KEY = "judge.init_args"
@@ -66,28 +65,20 @@ class RewardModelJudge(Judge):
 
     def __init__(self, model: str, token_budget: int = 4096):
         self.model, self.token_budget = model, token_budget
-        self.network: ScoreNetwork | None = None
+        self.scorer: Scorer | None = None
         self.device = torch.device("cpu")
 
     def place(self, device: torch.device) -> None:
         """Load the model onto the device, once."""
         self.device = device
-        if self.network is None:
-            self.network = ScoreNetwork(PolicyConfig(model=self.model)).requires_grad_(False).eval().to(device)
-            self.network.build_view(device, sharded=False)
+        if self.scorer is None:
+            self.scorer = Scorer(PolicyConfig(model=self.model), device, self.token_budget)
 
-    @torch.no_grad()
     def scores(self, answers: Sequence[Answer]) -> list[float]:
         """Of each answer, read at its last token."""
         self.place(self.device)
-        assert self.network is not None
-        sequences = pad_sequences([a.prompt_ids for a in answers], [a.ids for a in answers])
-        packed = self.network.packs(sequences.ids.shape[1])
-        scores = torch.zeros(len(answers))
-        for batch in split(sequences, sequences.completion_mask(), {}, self.token_budget, packed=packed):
-            rows = to_device(batch, self.device).sequences
-            scores[batch.rows] = self.network.normalised(self.network(rows, last_tokens(rows))).cpu()
-        return scores.tolist()
+        assert self.scorer is not None
+        return self.scorer([a.prompt_ids for a in answers], [a.ids for a in answers])
 
     def compare(self, first: Sequence[Answer], second: Sequence[Answer]) -> list[float]:
         """By score; each answer is scored once."""

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from transformers.utils import logging as transformers_logging
 
 from lit_posttrain import randomness, scoring
+from lit_posttrain.batching import pad_sequences, split, to_device
 from lit_posttrain.model_files import model_folder
 from lit_posttrain.policy import Policy, PolicyConfig, causal_lm, disable_dropout
 from lit_posttrain.types import Sequences
@@ -77,6 +78,32 @@ def last_tokens(sequences: Sequences) -> Bool[Tensor, "b s"]:
     """True at each row's last real token, which a reward is read at; by lengths, so padding plays no part."""
     positions = torch.arange(sequences.ids.shape[1], device=sequences.ids.device)
     return positions == sequences.lengths[:, None] - 1
+
+
+class Scorer:
+    """A frozen reward model that scores rows within a token budget.
+
+    Args:
+        config: What to load.
+        device: Where to.
+        token_budget: Most tokens, padding included, in one forward pass.
+    """
+
+    def __init__(self, config: PolicyConfig, device: torch.device, token_budget: int):
+        self.device, self.token_budget = device, token_budget
+        self.network = ScoreNetwork(config).requires_grad_(False).eval().to(device)
+        self.network.build_view(device, sharded=False)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[float]:
+        """The normalised score of each answer, read at its last token (at the prompt's where it is empty)."""
+        sequences = pad_sequences(prompts, answers)
+        packed = self.network.packs(sequences.ids.shape[1])
+        scores = torch.zeros(len(sequences.ids))
+        for batch in split(sequences, sequences.completion_mask(), {}, self.token_budget, packed=packed):
+            rows = to_device(batch, self.device).sequences
+            scores[batch.rows] = self.network.normalised(self.network(rows, last_tokens(rows))).cpu()
+        return scores.tolist()
 
 
 def load_classifier(model: str, key: str, revision: str | None = None) -> PreTrainedModel:

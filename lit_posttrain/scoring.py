@@ -38,8 +38,10 @@ def log_probs(
         with_entropy: Also the entropy of each scored distribution.
         entropy_gradient: Whether gradients flow through it.
     """
-    entropy = {"with_entropy": with_entropy, "entropy_gradient": entropy_gradient}
-    return states_and_log_probs(network, sequences, mask, temperature, packed=packed, **entropy)[1]
+    return states_and_log_probs(
+        network, sequences, mask, temperature, packed=packed,
+        with_entropy=with_entropy, entropy_gradient=entropy_gradient,
+    )[1]  # fmt: skip
 
 
 def states_and_log_probs(

@@ -167,24 +167,27 @@ class PostTrainModule(Reporting, ABC):
         assert not isinstance(wrapper, list)
         raw = wrapper.optimizer
         raw.zero_grad(set_to_none=True)
-        groups = [group for group in raw.param_groups if group.get("name", "policy") not in still]
+        groups, resting = [], []
+        for group in raw.param_groups:
+            (resting if group.get("name", "policy") in still else groups).append(group)
         parameters = [p for group in groups for p in group["params"]]
         metrics: dict[str, Tensor] = {}
         extremes: dict[str, Tensor] = {}
         apart: dict[str, float] = {}
         for stream in streams:
-            held = take_gradients(parameters) if apart or len(streams) > 1 else None
+            held = take_gradients(parameters)
             self._accumulate(stream, metrics, extremes)
-            if held is not None:
-                apart[f"grad_norm/{stream.name}"] = self._own_norm(parameters)
-                add_gradients(parameters, held)
-        for group in raw.param_groups:
-            for p in group["params"]:
-                # Left-out answers have a gradient of exactly zero, and momentum must see it.
-                p.grad = (
-                    None if group.get("name", "policy") in still else torch.zeros_like(p) if p.grad is None else p.grad
-                )
-        self._average(parameters)
+            if isinstance(self.trainer.strategy, DDPStrategy):
+                average_gradients(parameters)
+            if len(streams) > 1:
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                apart[f"grad_norm/{stream.name}"] = float(full_tensor(nn.utils.get_total_norm(gradients)))
+            add_gradients(parameters, held)
+        for p in (p for group in resting for p in group["params"]):
+            p.grad = None  # a shared network's losses reach it too
+        for p in parameters:
+            # Left-out answers have a gradient of exactly zero, and momentum must see it.
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norms = self._clip(groups)
         norm = sum(n**2 for n in norms.values()) ** 0.5 if len(norms) > 1 else next(iter(norms.values()))
         applied = norm == norm and norm != float("inf")
@@ -207,14 +210,6 @@ class PostTrainModule(Reporting, ABC):
         for group in groups:
             by_name.setdefault(group.get("name", "policy"), []).extend(group["params"])
         return {name: float(full_tensor(nn.utils.clip_grad_norm_(ps, limit))) for name, ps in by_name.items()}
-
-    def _average(self, parameters: Sequence[nn.Parameter]) -> None:
-        if isinstance(self.trainer.strategy, DDPStrategy):
-            average_gradients(parameters)
-
-    def _own_norm(self, parameters: Sequence[nn.Parameter]) -> float:
-        self._average(parameters)
-        return float(full_tensor(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])))
 
     def _accumulate(self, stream: Stream, metrics: dict[str, Tensor], extremes: dict[str, Tensor]) -> None:
         model = self.trainer.model

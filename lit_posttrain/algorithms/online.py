@@ -134,7 +134,7 @@ class OnlineModule(WatchedModule):
         """See that prompts and completions fit, and load the reference where the objective has a KL."""
         super().prepare_policy(policy)
         if self.pretraining is not None and policy.context_length:
-            self.pretraining.data.check_fits(policy.context_length)
+            self.pretraining.check_fits(policy.context_length)
         if self.objective.needs_reference and self.trainer.state.fn == "fit":
             self.reference = Reference(policy, self.reference_config)
 

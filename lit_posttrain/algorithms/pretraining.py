@@ -1,6 +1,8 @@
 """PPO-ptx's pretraining loss: a second stream of text beside every update of an online algorithm."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -87,10 +89,17 @@ class Pretraining:
             raise ValueError(f"{KEY}.data.init_args.tokenizer: it is the policy's; leave it out")
         self.data.trainer = module.trainer
         self.data.load_tokenizer = lambda: tokenizer
-        try:
+        with _keys_named_from_the_root():
             self.data.setup("fit")
-        except ValueError as error:
-            raise ValueError(str(error).replace("data.init_args", f"{KEY}.data.init_args")) from error
+
+    def check_fits(self, context_length: int) -> None:
+        """See that every example fits into the model.
+
+        Raises:
+            ValueError: One does not; names the longest.
+        """
+        with _keys_named_from_the_root():
+            self.data.check_fits(context_length)
 
     def stream(self, module: Any, iteration: int, epoch: int, minibatch: int) -> Stream:
         """The text of one update. Collective."""
@@ -116,7 +125,7 @@ class Pretraining:
     def state(self, module: Any) -> dict[str, Any]:
         """What a resume has to find again, and where a stream of rows stands."""
         number = module.trainer.global_step * module.num_epochs
-        return {"text": self.data.fingerprint(), "read": number, "stream": self.data.stream_state(number)}
+        return {"text": self.data.fingerprint(), "stream": self.data.stream_state(number)}
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on where a checkpoint stopped.
@@ -131,3 +140,12 @@ class Pretraining:
             )
         if state["stream"] is not None:
             self.data.load_stream(state["stream"])
+
+
+@contextmanager
+def _keys_named_from_the_root() -> Iterator[None]:
+    """The data's errors name keys under ``data``; here it stands deeper."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("data.init_args", f"{KEY}.data.init_args")) from error
