@@ -1,20 +1,20 @@
 """Rewards from a reward model: one of this project's, or any HF sequence classifier."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, final
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from lit_posttrain.batching import pad_sequences, split, to_device
 from lit_posttrain.data.dialogue import Encoder
 from lit_posttrain.data.messages import Extras
 from lit_posttrain.model_files import model_folder
 from lit_posttrain.policy import PolicyConfig
 from lit_posttrain.precision import ComputeDtype
 from lit_posttrain.rewards.base import RewardError, RewardFunction
-from lit_posttrain.scalar_heads import ScoreNetwork, last_tokens
+from lit_posttrain.scalar_heads import Scorer
 from lit_posttrain.types import Sample, Verdict
 
 KEY = "model.init_args.rewards.init_args"
@@ -59,6 +59,7 @@ class LearnedReward(RewardFunction):
         self.compute_dtype: ComputeDtype = compute_dtype
         self.mean: float | None = None
         self.device = torch.device("cpu")
+        self._encoder: Encoder | None = None
         self._scorer: _Packed | _Padded | None = None
 
     def place(self, device: torch.device) -> None:
@@ -132,10 +133,11 @@ class LearnedReward(RewardFunction):
         else:
             if encoder.tokenizer.chat_template is None:
                 raise RewardError(f"reward function {self.name}: {self.model} has no chat template for its prompts")
-            prompt, end = encoder.question(sample.prompt, "a prompt", Extras()), self._end_of_turn()
+            prompt, end = encoder.question(sample.prompt, "a prompt", Extras()), self._end_of_turn
         answer = encoder.then(sample.completion) if sample.completion else []
         return prompt, [*answer, end] if sample.stop_reason == "stop" else answer
 
+    @cached_property
     def _end_of_turn(self) -> int:
         assert self._encoder is not None
         turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
@@ -148,32 +150,20 @@ class _Packed:
     def __init__(self, reward: LearnedReward, folder: str):
         self.reward = reward
         config = PolicyConfig(model=folder, compute_dtype=reward.compute_dtype)
-        self.network = ScoreNetwork(config).requires_grad_(False).eval().to(reward.device)
-        self.network.build_view(reward.device, sharded=False)
+        self.scorer = Scorer(config, reward.device, reward.token_budget)
 
-    @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[float | Verdict]:
-        rows, out = [], []
+        limit = self.scorer.network.context_length
+        prompts, answers, fits = [], [], []
         for sample in samples:
             prompt, answer = self.reward.tokens(sample)
-            limit = self.network.context_length
-            over = len(prompt) + len(answer) - limit if limit is not None else 0
-            if over >= len(prompt) or not prompt:
-                out.append(Verdict(0.0, "invalid", "too_long"))
-                continue
-            out.append(0.0)
-            rows.append((prompt[max(over, 0) :], answer))  # a long prompt keeps its end
-        if not rows:
-            return out
-        sequences = pad_sequences([p for p, _ in rows], [a for _, a in rows])
-        packed = self.network.packs(sequences.ids.shape[1])
-        scores = torch.zeros(len(rows))
-        mask = sequences.attention_mask()[:, 1:]
-        for batch in split(sequences, mask, {}, self.reward.token_budget, packed=packed):
-            moved = to_device(batch, self.reward.device).sequences
-            scores[batch.rows] = self.network.normalised(self.network(moved, last_tokens(moved))).cpu()
-        found = iter(scores.tolist())
-        return [v if isinstance(v, Verdict) else next(found) for v in out]
+            over = max(0, len(prompt) + len(answer) - limit) if limit is not None else 0
+            fits.append(over < len(prompt))
+            if fits[-1]:
+                prompts.append(prompt[over:])  # a long prompt keeps its end
+                answers.append(answer)
+        found = iter(self.scorer(prompts, answers) if prompts else [])
+        return [next(found) if fit else Verdict(0.0, "invalid", "too_long") for fit in fits]
 
 
 class _Padded:
@@ -182,9 +172,13 @@ class _Padded:
     def __init__(self, reward: LearnedReward, folder: str, tokenizer: Any):
         self.reward, self.tokenizer = reward, tokenizer
         try:
-            network: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            network, found = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{KEY}.model: {folder} cannot be loaded as a sequence classifier ({error})") from error
+        if missing := sorted(found["missing_keys"]):  # from_pretrained would go on with random numbers in their place
+            raise ValueError(f"{KEY}.model: the files in {folder} lack {len(missing)} weights, {missing[0]} among them")
         self.network = network.requires_grad_(False).eval().to(reward.device)
 
     @torch.no_grad()

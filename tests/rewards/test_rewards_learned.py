@@ -197,3 +197,17 @@ def test_what_is_no_classifier_is_refused_before_anything_is_sampled(tiny_model:
         folder.mkdir()
         with pytest.raises(ValueError, match=message):
             fit(module, prompts(tiny_model, folder), folder)
+
+
+def test_a_classifier_without_some_of_its_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would only warn, and score with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    config = BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    byte_tokenizer(None).save_pretrained(tmp_path / "bert")
+    learned(tmp_path / "bert")
+    file = tmp_path / "bert" / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != "classifier.weight"}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"rewards\.init_args\.model: .* lack 1 weights, classifier\.weight"):
+        learned(tmp_path / "bert")
