@@ -4,8 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oracles import tabular
-from tabular_policy import MASK, REWARDS, STATES, THETA_REF, answer_log_probs, log_probs
+from tabular_policy import (  # pyright: ignore[reportMissingImports]: tests/ is on reproduce.py's path
+    MASK,
+    REWARDS,
+    STATES,
+    THETA_REF,
+    answer_log_probs,
+    log_probs,
+)
 from torch import Tensor
 
 from lit_posttrain.functional.masked import Totals
@@ -85,7 +91,6 @@ def figures_of(theta: Tensor) -> tuple[float, float]:
 
 def run(seeds: list[int], quick: bool) -> list[dict[str, Any]]:
     """Train each variant for each seed; quick stops after 50 steps."""
-    assert len(tabular.ANSWERS) == len(REWARDS)
     out = []
     for seed in seeds:
         figures: dict[str, Any] = {"seed": seed}
@@ -105,8 +110,8 @@ def plot(figures: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 3.5))
     for i, (name, (j, _)) in enumerate(FIXED.items()):
-        axes.hlines(j, i - 0.3, i + 0.3, color="black", label="fixed point" if i == 0 else None)
-        axes.plot([i] * len(figures), [f[f"J_{name}"] for f in figures], "o", alpha=0.6, label=None if i else "a seed")
+        axes.hlines(j, i - 0.3, i + 0.3, color="black", label="" if i else "fixed point")
+        axes.plot([i] * len(figures), [f[f"J_{name}"] for f in figures], "o", alpha=0.6, label="" if i else "a seed")
     axes.set_xticks(range(len(FIXED)), ["k1 in the reward", "k2 in the loss", "k3 in the loss"])
     axes.set_ylabel("E[r] - beta KL")
     axes.legend()

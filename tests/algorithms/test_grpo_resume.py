@@ -1,20 +1,17 @@
 """GRPO that is killed or stopped anywhere goes on bit for bit: reference, minibatches, schedule and adapters too."""
 
-import hashlib
-import json
 import os
 import shutil
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
-from tiny_runs import child, grpo, objective, prompts, scalars, trainer
+from kills import At, Tick, bits, ignore, losses, record, saved, start
+from tiny_runs import child, grpo, objective, prompts, trainer
 
 from lit_posttrain import callbacks
 from lit_posttrain.callbacks import CheckpointEvery
@@ -24,7 +21,6 @@ from lit_posttrain.reference import ReferenceConfig
 from lit_posttrain.rollout import ReferenceEngine
 
 STEPS = 5
-Tick = Callable[[str, int], None]
 LOGGED = ("loss", "kl", "reward", "entropy", "grad_norm", "learning_rate", "num_tokens", "epoch")
 
 
@@ -42,14 +38,6 @@ class TickingEngine(ReferenceEngine):
         return super().generate(prompts, sampling, keys, each)
 
 
-class Between(Callback):
-    def __init__(self, tick: Tick):
-        self.tick = tick
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.tick("between", trainer.global_step)
-
-
 def build(model: Path, folder: Path, tick: Tick, lora: bool, **overrides: Any) -> Any:
     module = grpo(
         model,
@@ -62,81 +50,19 @@ def build(model: Path, folder: Path, tick: Tick, lora: bool, **overrides: Any) -
         scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.8**step),
         **overrides,
     )
-    optimize = module.optimize
-
-    def recorded(*arguments: Any, last: bool, **rest: Any) -> Any:
-        step = module.trainer.global_step
-        out = optimize(*arguments, last=last, **rest)
-        entry = {"step": step, "last": last, "loss": out.metrics["loss"].hex(), "norm": out.grad_norm.hex()}
-        with (folder / "history.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        tick("last update" if last else "update", step)
-        return out
-
-    module.optimize = recorded
+    record(module, folder, tick)
     return module
 
 
 def attempt(model: Path, folder: Path, tick: Tick, lora: bool) -> None:
-    """One start of the program: from the newest checkpoint if there is one."""
-    warnings.simplefilter("ignore")
-    save = callbacks.save_state
-
-    def saving(state: Any, path: Path) -> Any:
-        tick("before save", state["global_step"])
-        out = save(state, path)
-        tick("after save", state["global_step"])
-        return out
-
-    callbacks.save_state = saving
-    found = newest_checkpoint(folder / "version_0", report=lambda m: pytest.fail(m))
-    logger = TensorBoardLogger(folder, name="", version=0, purge_step=found.step + 1 if found else 1)
-    run = trainer(folder, Between(tick), CheckpointEvery(1, keep_last=2), logger=logger, max_steps=STEPS)
-    run.fit(build(model, folder, tick, lora), prompts(model, folder), ckpt_path=found and found.state)
-
-
-def ignore(name: str, step: int) -> None:
-    """Nothing happens."""
-
-
-class At:
-    """Sends a signal to its own process at the n-th tick of this name and step."""
-
-    def __init__(self, name: str, step: int, number: int = signal.SIGKILL, nth: int = 1):
-        self.name, self.step, self.number, self.left = name, step, number, nth
-
-    def __call__(self, name: str, step: int) -> None:
-        if (name, step) == (self.name, self.step):
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), self.number)
+    """One start of the program."""
+    start(lambda: (build(model, folder, tick, lora), prompts(model, folder)), folder, tick, STEPS)
 
 
 def outcome(folder: Path) -> Any:
-    """All losses of all attempts, which must agree; the curves; and everything that the last checkpoint holds."""
-    history: dict[Any, Any] = {}
-    for line in (folder / "history.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        key, value = (entry["step"], entry["last"]), (entry["loss"], entry["norm"])
-        assert history.setdefault(key, value) == value, f"update {key} was computed again and came out differently"
-    curves = {tag: [(s, v.hex()) for s, v in scalars(folder)[f"train/{tag}"]] for tag in LOGGED}
-    newest = newest_checkpoint(folder / "version_0", report=lambda m: pytest.fail(m))
-    assert newest is not None
-    state = torch.load(newest.state, weights_only=True)
-    parts = [state[name] for name in ("state_dict", "optimizer_states", "lr_schedulers", "lit_posttrain")]
-    return history, curves, newest.step, hashlib.sha256(repr(list(flat(parts))).encode()).hexdigest()
-
-
-def flat(value: Any) -> Any:
-    if isinstance(value, dict):
-        for name, part in value.items():
-            yield name
-            yield from flat(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from flat(part)
-    else:
-        yield value.tolist() if isinstance(value, torch.Tensor) else value
+    """All losses of all attempts; the curves; and everything that the last checkpoint holds."""
+    step, _, digest = saved(folder)
+    return losses(folder), bits(folder, LOGGED), step, digest
 
 
 @pytest.fixture(scope="module")

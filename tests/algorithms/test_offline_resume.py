@@ -1,40 +1,24 @@
 """Learning from fixed examples that is killed anywhere goes on bit for bit."""
 
-import hashlib
-import json
 import os
 import signal
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from kills import At, Tick, bits, ignore, losses, record, saved, start
 from offline_runs import data, demonstration, module, trained, write
-from test_grpo_resume import At, flat, ignore
-from tiny_runs import child, scalars, trainer
+from tiny_runs import child, scalars
 
 from lit_posttrain import callbacks
-from lit_posttrain.callbacks import CheckpointEvery
 from lit_posttrain.checkpoint import newest_checkpoint
 from lit_posttrain.data import Source
 from lit_posttrain.schedules import Schedule
 
 STEPS = 6  # 16 examples in batches of 4: into the second epoch
-Tick = Callable[[str, int], None]
 KINDS = ("sft", "rm", "dpo", "kto", "cached", "streamed")
 LOGGED = ("loss", "grad_norm", "learning_rate", "num_tokens", "epoch")
-
-
-class Between(Callback):
-    def __init__(self, tick: Tick):
-        self.tick = tick
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.tick("between", trainer.global_step)
 
 
 def build(kind: str, model: Path, folder: Path, tick: Tick, **overrides: Any) -> Any:
@@ -48,19 +32,7 @@ def build(kind: str, model: Path, folder: Path, tick: Tick, **overrides: Any) ->
         scheduler=lambda o: Schedule(o, warmup_steps=2, warmup_ratio=0.5, final_ratio=0.1, total_steps=STEPS),
         **overrides,
     )  # fmt: skip
-    optimize = run.optimize
-
-    def recorded(batches: Any, *arguments: Any, last: bool, **rest: Any) -> Any:
-        step = run.trainer.global_step
-        tick("update", step)
-        out = optimize(batches, *arguments, last=last, **rest)
-        entry = {"step": step, "last": last, "loss": out.metrics["loss"].hex(), "norm": out.grad_norm.hex()}
-        with (folder / "history.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        tick("last update", step)
-        return out
-
-    run.optimize = recorded
+    record(run, folder, tick)
     return run
 
 
@@ -74,39 +46,17 @@ def examples(kind: str, model: Path, folder: Path) -> Any:
 
 
 def attempt(kind: str, model: Path, folder: Path, tick: Tick) -> None:
-    """One start of the program: from the newest checkpoint if there is one."""
-    warnings.simplefilter("ignore")
-    save = callbacks.save_state
-
-    def saving(state: Any, path: Path) -> Any:
-        tick("before save", state["global_step"])
-        out = save(state, path)
-        tick("after save", state["global_step"])
-        return out
-
-    callbacks.save_state = saving
-    found = newest_checkpoint(folder / "version_0", report=lambda m: pytest.fail(m))
-    logger = TensorBoardLogger(folder, name="", version=0, purge_step=found.step + 1 if found else 1)
-    run = trainer(folder, Between(tick), CheckpointEvery(1, keep_last=2), logger=logger, max_steps=STEPS)
-    run.fit(build(kind, model, folder, tick), examples(kind, model, folder), ckpt_path=found and found.state)
+    """One start of the program."""
+    start(lambda: (build(kind, model, folder, tick), examples(kind, model, folder)), folder, tick, STEPS)
 
 
 def result(folder: Path) -> Any:
-    """All losses of all attempts, which must agree; the curves; and everything that the last checkpoint holds."""
-    history: dict[Any, Any] = {}
-    for line in (folder / "history.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        key, value = (entry["step"], entry["last"]), (entry["loss"], entry["norm"])
-        assert history.setdefault(key, value) == value, f"update {key} was computed again and came out differently"
+    """All losses of all attempts; the curves; and everything that the last checkpoint holds."""
     logged = scalars(folder)
-    curves = {tag: [(s, v.hex()) for s, v in logged[f"train/{tag}"]] for tag in LOGGED}
     # A source's name is its path, which holds the run's folder.
-    curves |= {Path(tag).name: [(s, v.hex()) for s, v in logged[tag]] for tag in logged if "/draws/" in tag}
-    newest = newest_checkpoint(folder / "version_0", report=lambda m: pytest.fail(m))
-    assert newest is not None
-    state = torch.load(newest.state, weights_only=True)
-    parts = [state[name] for name in ("state_dict", "optimizer_states", "lr_schedulers", "lit_posttrain")]
-    return history, curves, newest.step, hashlib.sha256(repr(list(flat(parts))).encode()).hexdigest()
+    drawn = {Path(tag).name: [(s, v.hex()) for s, v in logged[tag]] for tag in logged if "/draws/" in tag}
+    step, _, digest = saved(folder)
+    return losses(folder), {**bits(folder, LOGGED), **drawn}, step, digest
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +91,9 @@ def test_the_undisturbed_runs(undisturbed: dict[str, Any]) -> None:
 @pytest.mark.trap(43)
 @pytest.mark.trap(28)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("point", [("update", 2), ("last update", 4), ("between", 3), ("before save", 3)], ids=str)
+@pytest.mark.parametrize(
+    "point", [("before update", 2), ("last update", 4), ("between", 3), ("before save", 3)], ids=str
+)
 def test_killed_and_started_again(
     kind: str, point: tuple[str, int], tiny_model: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -155,7 +107,7 @@ def test_killed_and_started_again(
 def test_asked_to_stop_it_saves_and_goes_on_exactly(
     kind: str, tiny_model: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
-    asked = At("update", 2, signal.SIGTERM)
+    asked = At("before update", 2, signal.SIGTERM)
     assert child(lambda: attempt(kind, tiny_model, tmp_path, asked)) == callbacks.STOPPED
     newest = newest_checkpoint(tmp_path / "version_0")
     assert newest is not None

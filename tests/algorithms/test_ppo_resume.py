@@ -1,25 +1,21 @@
 """PPO-ptx that is killed anywhere goes on bit for bit: critic, KL controller, average, text, learned reward."""
 
-import hashlib
 import os
 import signal
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from kills import At, Tick, bits, ignore, record, saved, start
 from ppo_runs import ppo, ppo_objective
-from test_grpo_resume import At, Between, Tick, TickingEngine, flat, ignore
+from test_grpo_resume import TickingEngine
 from test_ptx import text
-from tiny_runs import child, even, prompts, scalars, trainer
+from tiny_runs import child, even, prompts
 
 from lit_posttrain import callbacks
 from lit_posttrain.algorithms.pretraining import PtxConfig
-from lit_posttrain.callbacks import CheckpointEvery
-from lit_posttrain.checkpoint import newest_checkpoint
 from lit_posttrain.critic import CriticConfig
 from lit_posttrain.data import SupervisedExamples
 from lit_posttrain.data.mixture import Source
@@ -68,44 +64,24 @@ def build(kind: str, model: Path, reward_model: Path, folder: Path, tick: Tick, 
     learned = LearnedReward(str(reward_model), calibration=4, compute_dtype="float32")
     rewards = [PythonReward(even, timeout=10.0), learned]
     module = ppo(model, rewards, engine=TickingEngine(tick), **{**arguments, **overrides})
-    optimize = module.optimize
-
-    def ticking(*arguments: Any, last: bool, **rest: Any) -> Any:
-        step = module.trainer.global_step
-        out = optimize(*arguments, last=last, **rest)
-        tick("last update" if last else "update", step)
-        return out
-
-    module.optimize = ticking  # type: ignore[method-assign]
+    record(module, folder, tick)
     return module
 
 
 def attempt(kind: str, model: Path, reward_model: Path, folder: Path, tick: Tick, **overrides: Any) -> None:
-    """One start of the program: from the newest checkpoint if there is one."""
-    warnings.simplefilter("ignore")
-    save = callbacks.save_state
-
-    def saving(state: Any, path: Path) -> Any:
-        tick("before save", state["global_step"])
-        return save(state, path)
-
-    callbacks.save_state = saving
-    found = newest_checkpoint(folder / "version_0", report=lambda m: pytest.fail(m))
-    logger = TensorBoardLogger(folder, name="", version=0, purge_step=found.step + 1 if found else 1)
-    run = trainer(folder, Between(tick), CheckpointEvery(1, keep_last=2), logger=logger, max_steps=STEPS)
-    module = build(kind, model, reward_model, folder, tick, **overrides)
-    run.fit(module, prompts(model, folder), ckpt_path=found and found.state)
+    """One start of the program."""
+    start(
+        lambda: (build(kind, model, reward_model, folder, tick, **overrides), prompts(model, folder)),
+        folder,
+        tick,
+        STEPS,
+    )
 
 
 def outcome(folder: Path) -> Any:
     """The curves of all attempts, and everything that the last checkpoint holds."""
-    curves = {tag: [(s, v.hex()) for s, v in scalars(folder)[f"train/{tag}"]] for tag in LOGGED}
-    newest = newest_checkpoint(folder / "version_0", report=lambda m: pytest.fail(m))
-    assert newest is not None
-    state = torch.load(newest.state, weights_only=True)
-    names = {name.split(".")[0] for name in state["state_dict"]}
-    parts = [state[name] for name in ("state_dict", "optimizer_states", "lr_schedulers", "lit_posttrain")]
-    return curves, names, newest.step, hashlib.sha256(repr(list(flat(parts))).encode()).hexdigest()
+    step, state, digest = saved(folder)
+    return bits(folder, LOGGED), {name.split(".")[0] for name in state["state_dict"]}, step, digest
 
 
 @pytest.fixture(scope="module")
