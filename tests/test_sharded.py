@@ -1,17 +1,12 @@
 """GRPO over two processes gives what one gives: same tokens, same losses, same weights (fp32)."""
 
-import os
 import random
-import socket
-import sys
-import traceback
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.multiprocessing as mp
-from lightning.pytorch.strategies import DDPStrategy
+from two_processes import train_in_two
 
 from lit_posttrain.algorithms import GRPO
 from lit_posttrain.data import PythonTask, Template, VerifiablePrompts
@@ -20,7 +15,7 @@ from lit_posttrain.policy import LoraConfig, PolicyConfig
 from lit_posttrain.reference import ReferenceConfig
 from lit_posttrain.rewards import PythonReward
 from lit_posttrain.rollout import SamplingParams
-from lit_posttrain.sharding import ShardedStrategy, full_tensor
+from lit_posttrain.sharding import full_tensor
 
 ITERATIONS = 3
 
@@ -85,30 +80,6 @@ def train(model: Path, out: Path, strategy: object, devices: int, lora: bool) ->
     torch.save({"tokens": seen, "weights": weights, "forwards": forwards}, out / f"rank{trainer.global_rank}.pt")
 
 
-def child(rank: int, port: int, model: Path, out: Path, kind: str, lora: bool) -> None:
-    torch.set_num_threads(1)  # with two threads a forked child hangs once its parent used OpenMP
-    os.environ.update(
-        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    try:
-        strategy = (
-            ShardedStrategy(process_group_backend="gloo", timeout_seconds=30.0)
-            if kind == "fsdp2"
-            else DDPStrategy(process_group_backend="gloo")
-        )
-        train(model, out, strategy, 2, lora)
-    except BaseException:
-        traceback.print_exc(file=sys.stderr)
-        os._exit(1)
-    os._exit(0)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def one_process(model: Path, out: Path, lora: bool) -> dict:
     out.mkdir()
     train(model, out, "auto", 1, lora)
@@ -132,7 +103,7 @@ def test_lora_under_ddp_trains_as_one_process(tiny_model: Path, tmp_path: Path) 
 
 
 def compare(kind: str, expected: dict, model: Path, out: Path, lora: bool) -> None:
-    mp.start_processes(child, args=(free_port(), model, out, kind, lora), nprocs=2, start_method="fork")
+    train_in_two(kind, lambda strategy: train(model, out, strategy, 2, lora))
     ranks = [torch.load(out / f"rank{r}.pt", weights_only=True) for r in range(2)]
     for i in range(ITERATIONS):
         # Each rank has a contiguous half of the prompts.

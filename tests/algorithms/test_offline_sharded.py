@@ -1,24 +1,19 @@
 """Learning from fixed examples over two processes gives what one gives: same losses, same weights (fp32)."""
 
-import os
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from lightning.pytorch.strategies import DDPStrategy
 from offline_runs import data, fit, module
-from test_sharded import free_port
 from tiny_runs import Recorder
+from two_processes import train_in_two
 
 from lit_posttrain.callbacks import CheckpointEvery
 from lit_posttrain.checkpoint import newest_checkpoint
 from lit_posttrain.export import _state_dict
 from lit_posttrain.functional.preference_losses import PairLossOptions
-from lit_posttrain.sharding import ShardedStrategy, full_tensor
+from lit_posttrain.sharding import full_tensor
 
 STEPS = 3
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,31 +63,13 @@ def train(name: str, model: Path, out: Path, strategy: Any, devices: int) -> Non
     )
 
 
-def child(rank: int, port: int, name: str, model: Path, out: Path, kind: str) -> None:
-    torch.set_num_threads(1)  # with two threads a forked child hangs once its parent used OpenMP
-    os.environ.update(
-        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    try:
-        strategy = (
-            ShardedStrategy(process_group_backend="gloo", timeout_seconds=30.0)
-            if kind == "fsdp2"
-            else DDPStrategy(process_group_backend="gloo")
-        )
-        train(name, model, out, strategy, 2)
-    except BaseException:
-        traceback.print_exc(file=sys.stderr)
-        os._exit(1)
-    os._exit(0)
-
-
 def both(name: str, kind: str, model: Path, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     one, two = folder / "one", folder / "two"
     for out in (one, two):
         out.mkdir()
         data(RUNS[name][0], model, out)  # writes the file, which two ranks would write at once
     train(name, model, one, "auto", 1)
-    mp.start_processes(child, args=(free_port(), name, model, two, kind), nprocs=2, start_method="fork")
+    train_in_two(kind, lambda strategy: train(name, model, two, strategy, 2))
     ranks = [torch.load(two / f"rank{r}.pt", weights_only=True) for r in range(2)]
     return torch.load(one / "rank0.pt", weights_only=True), ranks
 

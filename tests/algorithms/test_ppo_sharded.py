@@ -1,24 +1,19 @@
 """PPO-ptx over two processes gives what one gives: same losses, same policy, critic and average (fp32)."""
 
-import os
-import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from lightning.pytorch.strategies import DDPStrategy
 from ppo_runs import ppo, ppo_objective
 from test_ptx import ptx
-from test_sharded import free_port
 from tiny_runs import Recorder, even, fit, prompts, write_questions
+from two_processes import train_in_two
 
 from lit_posttrain.critic import CriticConfig
 from lit_posttrain.objective import KLConfig
 from lit_posttrain.ppo_objective import GAEConfig
-from lit_posttrain.sharding import ShardedStrategy, full_tensor
+from lit_posttrain.sharding import full_tensor
 
 STEPS = 3
 
@@ -41,20 +36,6 @@ def train(kind: str, model: Path, out: Path, strategy: Any, devices: int) -> Non
     torch.save(state, out / f"rank{module.trainer.global_rank}.pt")
 
 
-def child(rank: int, port: int, kind: str, strategy: str, model: Path, out: Path) -> None:
-    torch.set_num_threads(1)  # with two threads a forked child hangs once its parent used OpenMP
-    os.environ.update(
-        LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    try:
-        sharded = ShardedStrategy(process_group_backend="gloo", timeout_seconds=30.0)
-        train(kind, model, out, sharded if strategy == "fsdp2" else DDPStrategy(process_group_backend="gloo"), 2)
-    except BaseException:
-        traceback.print_exc(file=sys.stderr)
-        os._exit(1)
-    os._exit(0)
-
-
 @pytest.mark.trap(15)
 @pytest.mark.trap(22)
 @pytest.mark.trap(43)
@@ -66,7 +47,7 @@ def test_two_processes_train_as_one(tiny_model: Path, tmp_path: Path, kind: str,
     ptx(tmp_path)
     write_questions(tmp_path / "questions.jsonl")
     train(kind, tiny_model, one, "auto", 1)
-    mp.start_processes(child, args=(free_port(), kind, strategy, tiny_model, two), nprocs=2, start_method="fork")
+    train_in_two(strategy, lambda over: train(kind, tiny_model, two, over, 2))
     single = torch.load(one / "rank0.pt", weights_only=True)
     for rank in range(2):
         got = torch.load(two / f"rank{rank}.pt", weights_only=True)
