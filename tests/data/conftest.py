@@ -1,13 +1,15 @@
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from streams import HEAD, stream, texts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lit_posttrain.data import Template, VerifiablePrompts
+from lit_posttrain.data import Template, VerifiablePrompts, streaming
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -83,3 +85,14 @@ def make_data(tokenizer_folder: str) -> Callable[..., VerifiablePrompts]:
 @pytest.fixture(autouse=True)
 def run_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+
+
+@pytest.fixture
+def paths(jsonl: Callable[..., str]) -> list[str]:
+    return [jsonl(texts("a", 60), "a.jsonl"), jsonl(texts("b", 12), "b.jsonl"), jsonl(texts("c", 30), "c.jsonl")]
+
+
+@pytest.fixture
+def make(tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    monkeypatch.setattr(streaming, "HEAD", HEAD)
+    return functools.partial(stream, tokenizer_folder)

@@ -1,6 +1,5 @@
 """Rows that are read while training: shares, order, resume, ranks, held-out rows, formats."""
 
-import functools
 import hashlib
 import itertools
 import json
@@ -16,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from offline_runs import KINDS, write
-from streams import HEAD, asked, drawn, mixed, rows_of, same, stream, texts
+from streams import HEAD, asked, drawn, mixed, rows_of, same, texts
 
 from lit_posttrain.data import Source, UnpairedPreferences, sources, streaming
 from lit_posttrain.data.sources import Row, read_parquet
@@ -27,17 +26,6 @@ Jsonl = Callable[..., str]
 
 def is_held(prompt: str, percent: int) -> bool:
     return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 100 < percent
-
-
-@pytest.fixture
-def paths(jsonl: Jsonl) -> list[str]:
-    return [jsonl(texts("a", 60), "a.jsonl"), jsonl(texts("b", 12), "b.jsonl"), jsonl(texts("c", 30), "c.jsonl")]
-
-
-@pytest.fixture
-def make(tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.setattr(streaming, "HEAD", HEAD)
-    return functools.partial(stream, tokenizer_folder)
 
 
 # --- shares and order -------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """What is wrong with streamed rows or with the arguments: one sentence with the file and line, or the key."""
 
-import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,25 +7,14 @@ from typing import Any
 
 import pytest
 from offline_runs import pair
-from streams import HEAD, LATE, asked, drawn, fake_trainer, mixed, stream, texts
+from streams import LATE, asked, drawn, fake_trainer, mixed, texts
 
-from lit_posttrain.data import Preferences, Source, SupervisedExamples, UnpairedPreferences, streaming
+from lit_posttrain.data import Preferences, Source, SupervisedExamples, UnpairedPreferences
 from lit_posttrain.data.sources import Row
 from lit_posttrain.data.streaming import Stream, Window
 from lit_posttrain.types import Example
 
 Jsonl = Callable[..., str]
-
-
-@pytest.fixture
-def paths(jsonl: Jsonl) -> list[str]:
-    return [jsonl(texts("a", 60), "a.jsonl"), jsonl(texts("b", 12), "b.jsonl"), jsonl(texts("c", 30), "c.jsonl")]
-
-
-@pytest.fixture
-def make(tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.setattr(streaming, "HEAD", HEAD)
-    return functools.partial(stream, tokenizer_folder)
 
 
 LATE_ROWS: dict[str, tuple[str, str]] = {
