@@ -85,6 +85,12 @@ class Reporting(pl.LightningModule):
         if writer is not None and len(values):
             writer.add_histogram(tag, values, step)
 
+    def log_figure(self, tag: str, figure: Any, step: int) -> None:
+        """A matplotlib figure in TensorBoard."""
+        writer = self._writer("add_figure")
+        if writer is not None:
+            writer.add_figure(tag, figure, step)
+
     def log_scores(self, prefix: str, values: dict[str, float], step: int) -> None:
         """An evaluation's numbers, through Lightning.
 

@@ -1,7 +1,8 @@
 """Curves of a run as a picture, read from the event files that TensorBoard shows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 Curve = tuple[list[int], list[float]]
 
@@ -53,6 +54,37 @@ def plot_curves(curves: Mapping[str, Curve], panels: Mapping[str, list[str]], ou
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
+
+
+def overoptimisation_figure(points: Sequence[Mapping[str, float]]) -> Any:
+    """Proxy and gold reward against sqrt(KL), in the order of training.
+
+    Args:
+        points: Each with ``step`` and ``sqrt_kl``; ``proxy`` and ``gold`` where they are known.
+
+    Returns:
+        A matplotlib figure that no window manager knows of.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    for name, style in (("proxy", "--"), ("gold", "-")):
+        known = [p for p in points if name in p]
+        if known:
+            axis.plot([p["sqrt_kl"] for p in known], [p[name] for p in known], style, marker="o", label=name)
+    for p in points:
+        if "proxy" in p:
+            axis.annotate(
+                f"{p['step']:.0f}", (p["sqrt_kl"], p["proxy"]), fontsize=7, xytext=(3, 4), textcoords="offset points"
+            )
+    axis.set_xlabel("sqrt(KL to the initial policy) [nat^1/2]")
+    axis.set_ylabel("mean reward on held-out prompts")
+    axis.set_title("reward against distance (numbers: iterations)", fontsize=10)
+    axis.grid(alpha=0.3)
+    if points:
+        axis.legend()
+    return figure
 
 
 def _smooth(values: list[float], width: int = 5) -> list[float]:
