@@ -7,6 +7,7 @@ has changed.
 """
 
 import argparse
+import ast
 import hashlib
 import importlib
 import json
@@ -40,9 +41,25 @@ def load(identifier: str) -> ModuleType:
     return importlib.import_module(identifier.lower())
 
 
+def sources(path: Path) -> list[Path]:
+    """An experiment's file, then the modules beside it that it imports, and those that they import."""
+    found, waiting = [path], [path]
+    while waiting:
+        for node in ast.walk(ast.parse(waiting.pop().read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                beside = EXPERIMENTS / f"{node.module}.py"
+                if beside.is_file() and beside not in found:
+                    found.append(beside)
+                    waiting.append(beside)
+    return [path, *sorted(found[1:])]
+
+
 def config_hash(identifier: str) -> str:
-    """SHA-256 of the experiment's source, which holds every setting of it."""
-    return hashlib.sha256((EXPERIMENTS / f"{identifier.lower()}.py").read_bytes()).hexdigest()
+    """SHA-256 of the experiment's sources, which hold every setting of it."""
+    digest = hashlib.sha256()
+    for path in sources(EXPERIMENTS / f"{identifier.lower()}.py"):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def table(figures: list[dict[str, Any]]) -> str:

@@ -86,6 +86,22 @@ def test_check_finds_records_that_were_tampered_with(
     assert message in capsys.readouterr().out
 
 
+def test_a_shared_module_is_part_of_the_experiment(
+    reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (
+        ("e1", "from first import x\nfrom json import loads"),
+        ("first", "from second import x"),
+        ("second", "x = 1"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(reproduce, "EXPERIMENTS", tmp_path)
+    before = reproduce.config_hash("E1")
+    assert reproduce.config_hash("E1") == before
+    (tmp_path / "second.py").write_text("x = 2")
+    assert reproduce.config_hash("E1") != before
+
+
 def test_check_of_nothing_is_no_success(reproduce: ModuleType, tmp_path: Path) -> None:
     assert reproduce.main(["check", "--output", str(tmp_path)]) == 1
 
@@ -115,7 +131,7 @@ def test_difficulty_weights_in_closed_form(reproduce: ModuleType, p: float, weig
 
 
 def test_an_unknown_claim_lists_the_known(reproduce: ModuleType) -> None:
-    with pytest.raises(ValueError, match="E0, E13, E7a, E8"):
+    with pytest.raises(ValueError, match="E0, E1, E13, E3, E4, E7a, E8"):
         reproduce.load("E99")
 
 

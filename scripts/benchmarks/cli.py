@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import grpo, limits, offline, rollout, scale, train
+from . import grpo, limits, offline, ppo, rollout, scale, train
 from .models import CONFIGS
 from .rows import say
 from .settings import Bench
@@ -27,10 +27,12 @@ SECTIONS: dict[str, tuple[Callable[[Bench], dict[str, Any]], str]] = {
     "sft": (partial(offline.run, "sft"), "steps of supervised fine-tuning, beside TRL with --peer trl"),
     "rm": (partial(offline.run, "rm"), "steps of a reward model on rankings, beside TRL's on pairs with --peer trl"),
     "dpo": (partial(offline.run, "dpo"), "steps of DPO, beside TRL with --peer trl"),
+    "ppo": (ppo.run, "whole PPO iterations, beside our GRPO, and beside TRL 1.12 with --peer trl"),
 }
 ALL = ("limits", "rollout", "grpo", "train")
 COMPARISONS: dict[str, Sequence[str]] = {
     "grpo": list(grpo.VARIANTS),
+    "ppo": list(ppo.VARIANTS),
     **{task: list(names) for task, names in offline.VARIANTS.items()},
 }
 DEFAULT_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"  # as scripts/fetch_model.py leaves it
@@ -48,10 +50,10 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument(
         "--model",
         metavar="DIR",
-        help=f"folder of a HF causal LM; for sft, rm and dpo models/{DEFAULT_MODEL.name} if unset",
+        help=f"folder of a HF causal LM; for sft, rm, dpo and ppo models/{DEFAULT_MODEL.name} if unset",
     )
     cli.add_argument("--random_init", metavar="CONFIG", help=f"random weights instead: {', '.join(CONFIGS)}")
-    cli.add_argument("--peer", choices=["trl"], help="also measure this library (grpo, train, sft, rm, dpo)")
+    cli.add_argument("--peer", choices=["trl"], help="also measure this library (grpo, train, sft, rm, dpo, ppo)")
     cli.add_argument("--peer_python", metavar="PATH", help="Python that has the peers; ours by default")
     cli.add_argument("--json", type=Path, metavar="FILE", help="write results here; other sections in it are kept")
     cli.add_argument("--prompts", type=positive, default=8, help="prompts of one iteration")
@@ -132,7 +134,7 @@ def check(args: argparse.Namespace) -> None:
         BenchError: The arguments contradict each other or name what is not there.
     """
     asked = sections(args)
-    if args.model is None and args.random_init is None and set(asked) <= set(offline.VARIANTS):
+    if args.model is None and args.random_init is None and set(asked) <= {*offline.VARIANTS, "ppo"}:
         args.model = str(DEFAULT_MODEL)
     if (args.model is None) == (args.random_init is None):
         raise BenchError("give either --model DIR or --random_init CONFIG")
@@ -199,10 +201,15 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         model = args.model or str(Path(folder) / "model")
         setup = {
-            k: getattr(args, k) for k in ("random_init", "device", "dtype", "seed", "prompts", "prompt_tokens", "quick")
+            k: getattr(args, k)
+            for k in ("random_init", "device", "dtype", "seed", "prompts", "samples", "prompt_tokens", "quick")
         }
         tasks = [name for name in sections(args) if name in offline.VARIANTS]
-        found = run_once("prepare", {**setup, "model": model, "offline": tasks, "folder": folder}, env)
+        found = run_once(
+            "prepare",
+            {**setup, "model": model, "offline": tasks, "ppo": "ppo" in sections(args), "folder": folder},
+            env,
+        )
         if "error" in found:
             raise BenchError(found["error"])
         bench = Bench(args, model, folder, env, found, results)

@@ -119,9 +119,9 @@ def described(examples: Sequence[Example]) -> dict[str, Any]:
     }
 
 
-def padding_token(tokenizer: Any, examples: Iterable[Example]) -> str:
+def padding_token(tokenizer: Any, examples: Iterable[Example], besides: Sequence[int] = ()) -> str:
     """A token that occurs nowhere: HF's classifiers take the last token that is not padding for the end."""
-    used = {t for e in examples for ids in (e["prompt"], *e["completions"]) for t in ids}
+    used = {t for e in examples for ids in (e["prompt"], *e["completions"]) for t in ids} | set(besides)
     special = [i for i in tokenizer.all_special_ids if i not in used]
     free = special or [i for i in range(len(tokenizer)) if i not in used]
     return tokenizer.convert_ids_to_tokens(free[0])

@@ -26,12 +26,14 @@ from lit_posttrain.types import Completion, Prompt, PromptBatch, Sample, Samplin
 from .ours_rollout import make_engine
 from .protocol import Channel, Clock, begin, optimizer_bytes, reward, tensor_bytes
 
+RATE = 1e-6
+
 
 class Checksum(PerSampleReward):
     """The reward of both sides; also counts tokens."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, weight: float = 1.0):
+        super().__init__(weight)
         self.tokens = 0
 
     def score(self, sample: Sample) -> float:
@@ -92,6 +94,15 @@ class Driver(Callback):
     def __init__(self, channel: Channel, clock: Clock, rank: int, world: int):
         self.channel, self.clock, self.rank, self.world = channel, clock, rank, world
         self.passes = 0.0
+        self.stops: list[int] | None = None  # the model's own
+
+    def prompt(self, number: int, ids: list[int]) -> Prompt:
+        """Its text is of no account to a checksum."""
+        return Prompt(number, str(number), str(number), ids, "", None, {})
+
+    def static_bytes(self, module: Any) -> dict[str, int]:
+        """See below."""
+        return static_bytes(module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Everything is loaded."""
@@ -106,10 +117,10 @@ class Driver(Callback):
         """Fill the batch with what the request names, this rank's part of it."""
         request = self.channel.receive()
         pl_module.group_size = request["samples"]
-        stops = [] if request["kind"] == "fixed" else None
+        stops = [] if request["kind"] == "fixed" else self.stops
         pl_module.sampling = SamplingParams(max_new_tokens=request["new_tokens"], stop_token_ids=stops)
         positions = list(range(len(request["prompts"])))[self.rank :: self.world]
-        batch.prompts[:] = [Prompt(i, str(i), str(i), request["prompts"][i], "", None, {}) for i in positions]
+        batch.prompts[:] = [self.prompt(i, request["prompts"][i]) for i in positions]
         batch.positions[:] = positions
         if isinstance(pl_module.engine, FixedEngine):
             pl_module.engine.completions = request["completions"]
@@ -123,7 +134,7 @@ class Driver(Callback):
             **measured,
             tokens=pl_module.rewards[0].tokens,
             phases={**pl_module.seconds, "forward_backward": self.passes},
-            static_bytes=static_bytes(pl_module),
+            static_bytes=self.static_bytes(pl_module),
         )
 
 
@@ -149,7 +160,7 @@ def main() -> None:
     rank, world = setup.get("rank", 0), setup.get("world", 1)
     pl.seed_everything(setup["seed"])
     cuda = setup["device"] == "cuda"
-    rate = 0.0 if setup["engine"] == "given" else 1e-6
+    rate = 0.0 if setup["engine"] == "given" else RATE
     module = GRPO(
         policy=PolicyConfig(model=setup["model"], compute_dtype=setup["dtype"]),
         objective=Objective(

@@ -55,6 +55,7 @@ def main() -> None:
         natural_prompts=chat or random_prompts,
         natural_source="chat questions" if chat else "random tokens",
         offline=offline(tokenizer, setup) if setup["offline"] else None,
+        ppo=ppo(tokenizer, config.get_text_config().vocab_size, setup) if setup["ppo"] else None,
         stops=[] if stops is None else [stops] if isinstance(stops, int) else list(stops),
         machine=machine(device, dtype),
     )
@@ -72,6 +73,22 @@ def offline(tokenizer: Any, setup: dict[str, Any]) -> dict[str, Any]:
         "examples": examples,
         "padding": offline_data.padding_token(tokenizer, [e for made in examples.values() for e in made]),
         "classifier": None if classifier is None else str(classifier),
+    }
+
+
+def ppo(tokenizer: Any, vocabulary: int, setup: dict[str, Any]) -> dict[str, Any]:
+    """One prompt an answer, and the network that reward model and critic begin with."""
+    asked = {**setup, "prompts": setup["prompts"] * setup["samples"]}
+    chat = chat_prompts(tokenizer, asked["prompts"]) if setup["random_init"] is None else None
+    prompts = chat or draw_prompts(vocabulary, asked)
+    folder = Path(setup["folder"]) / "reward_model"
+    offline_data.write_classifier(setup["model"], tokenizer, folder, setup["seed"])
+    examples = [{"prompt": prompt, "completions": []} for prompt in prompts]
+    return {
+        "prompts": prompts,
+        "classifier": str(folder),
+        "eos": tokenizer.eos_token_id,
+        "padding": offline_data.padding_token(tokenizer, examples, besides=[tokenizer.eos_token_id]),
     }
 
 
