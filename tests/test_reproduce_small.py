@@ -63,7 +63,23 @@ def test_the_slope_is_least_squares(reproduce: ModuleType) -> None:
     assert e4.slope(torch.stack([t, -t])).tolist() == pytest.approx([1.0, -1.0])
 
 
+def test_forgetting_with_and_without_the_mix(reproduce: ModuleType, tmp_path: Path) -> None:
+    f = quick(reproduce, "E1", tmp_path)
+    assert f["removed"] == pytest.approx(1 - f["rise_ptx"] / f["rise_ppo"])
+    for variant in ("ppo", "ptx"):
+        rises = [f[f"loss_{d}_{variant}"] - f[f"loss_{d}_base"] for d in ("prose", "sums", "recall")]
+        assert f[f"rise_{variant}"] == pytest.approx(sum(rises) / 3)
+        assert -1 <= f[f"reward_{variant}"] <= 1
+    assert f["loss_sums_ppo"] != f["loss_sums_ptx"]
+
+
+def test_friendly_counts_to_three(reproduce: ModuleType) -> None:
+    texts = ["the kind cat .", "the sad cat sees the dull dog .", "kind warm calm brave happy", "the cat ."]
+    assert reproduce.load("E1").friendly(texts) == pytest.approx([1 / 3, -2 / 3, 1.0, 0.0])
+
+
 GOOD: dict[str, dict[str, float]] = {
+    "E1": {"rise_ppo": 1.0, "removed": 0.9, "reward_ptx": 0.9, "reward_ppo": 0.91},
     "E3": {"dpo_minus_ppo_low": 0.01, **{f"tabular_gap_{b}": 0.0 for b in ("0.1", "0.25", "0.5", "1", "2")}},
     "E4": {"flatter": 0.1, "flatter_low": 0.01, "kl_dpo": 3.0, "kl_ppo": 3.0},
 }

@@ -219,9 +219,9 @@ def preferred_ft(base: Path, folder: Path, pairs: Path, seed: int, steps: int, c
     _fit(SFT(**_learning(base, 3e-4)), data, folder, steps, callback, seed)
 
 
-def learned_reward(base: Path, folder: Path, pairs: Path, seed: int, steps: int, lr: float = 3e-4) -> LearnedReward:
+def learned_reward(base: Path, folder: Path, pairs: Path, seed: int, steps: int) -> LearnedReward:
     """A reward model of the pairs, for PPO."""
-    how = _learning(base, lr)
+    how = _learning(base, 3e-4)
     del how["generations"]
     module = RewardModel(normalise=False, **how)
     data = Preferences(dataset=str(pairs), batch_size=PAIRS_A_STEP, tokenizer=str(base), **SETTINGS)
