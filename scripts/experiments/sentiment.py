@@ -234,7 +234,7 @@ def learned_reward(base: Path, folder: Path, pairs: Path, seed: int, steps: int)
     """A reward model of the pairs, for PPO."""
     how = _learning(base, 3e-4)
     del how["generations"]
-    module = RewardModel(normalise=False, **how)
+    module: Any = RewardModel(normalise=False, **how)
     data = Preferences(dataset=str(pairs), batch_size=PAIRS_A_STEP, tokenizer=str(base), **SETTINGS)
     _fit(module, data, folder, steps, pl.Callback(), seed)
     model = folder / "reward"
