@@ -219,22 +219,11 @@ def preferred_ft(base: Path, folder: Path, pairs: Path, seed: int, steps: int, c
     _fit(SFT(**_learning(base, 3e-4)), data, folder, steps, callback, seed)
 
 
-def sft(base: Path, folder: Path, demonstrations: Path, seed: int, steps: int) -> None:
-    """Fine-tune on rows of prompt and completion; the network and its tokenizer go to the folder."""
-    data = SupervisedExamples(
-        dataset=str(demonstrations), batch_size=PAIRS_A_STEP, tokenizer=str(base), supervise="assistant", **SETTINGS
-    )
-    module = SFT(**_learning(base, 3e-4))
-    _fit(module, data, folder, steps, pl.Callback(), seed)
-    module.built_policy().model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-
-
 def learned_reward(base: Path, folder: Path, pairs: Path, seed: int, steps: int) -> LearnedReward:
     """A reward model of the pairs, for PPO."""
     how = _learning(base, 3e-4)
     del how["generations"]
-    module: Any = RewardModel(normalise=False, **how)
+    module = RewardModel(normalise=False, **how)
     data = Preferences(dataset=str(pairs), batch_size=PAIRS_A_STEP, tokenizer=str(base), **SETTINGS)
     _fit(module, data, folder, steps, pl.Callback(), seed)
     model = folder / "reward"

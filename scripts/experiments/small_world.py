@@ -139,7 +139,7 @@ def prompts_file(path: Path, seed: int, count: int = 2000) -> Path:
 def ppo(
     base: Path, folder: Path, seed: int, reward: Callable[..., list[float]] | RewardFunction, *, steps: int,
     ptx_coef: float = 0.0, kl: float = 0.02, lr: float = 3e-4, answers: int = 128, tokens: int = 24,
-    questions: Path | None = None, callbacks: Sequence[pl.Callback] = (), critic: CriticConfig | None = None,
+    questions: Path | None = None, callbacks: Sequence[pl.Callback] = (),
 ) -> tuple[Any, list[float]]:  # fmt: skip
     """Train by PPO, on prompts_file's or other questions; the trained HF network and every iteration's mean reward."""
     os.environ["PL_GLOBAL_SEED"] = str(seed)
@@ -161,7 +161,7 @@ def ppo(
             gae=GAEConfig(gamma=1.0, lam=0.95, whiten_advantages=True, whiten_rewards=False),
             value=ValueConfig(coef=0.1, clip=0.2),
         ),
-        critic=critic or CriticConfig(zero_head=True, lr=1e-3),
+        critic=CriticConfig(zero_head=True, lr=1e-3),
         rewards=[reward if isinstance(reward, RewardFunction) else PythonReward(reward)],
         sampling=SamplingParams(max_new_tokens=tokens),
         num_minibatches=2,
