@@ -1,8 +1,10 @@
 """Shared fixtures: a tiny random Llama and a byte-level tokenizer, written once as a HF folder."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,6 +38,17 @@ def architecture_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         return written[name]
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def reproduce() -> ModuleType:
+    """``scripts/reproduce.py`` as a module."""
+    spec = importlib.util.spec_from_file_location("reproduce", Path(__file__).parent.parent / "scripts/reproduce.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

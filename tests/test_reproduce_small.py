@@ -1,6 +1,5 @@
 """Reproductions in the small world: quick runs, and what decides a verdict."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -8,18 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
-SCRIPT = Path(__file__).parent.parent / "scripts" / "reproduce.py"
-
-
-@pytest.fixture(scope="module")
-def reproduce() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reproduce", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def quick(reproduce: ModuleType, identifier: str, folder: Path) -> dict[str, Any]:

@@ -66,11 +66,15 @@ class OverOptimisation(Callback):
             trainer.datamodule.check_answers(self.gold.check_answer)  # pyright: ignore[reportAttributeAccessIssue]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Load the initial policy and the gold reward's network."""
+        """Find or load the initial policy, and load the gold reward's network."""
         if not trainer.datamodule.size("val"):  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError("trainer.callbacks: OverOptimisation needs held-out prompts; see data.init_args.val_size")
-        self._initial = Reference(pl_module.built_policy(), ReferenceConfig())
-        self._initial.place(pl_module.device, pl_module.device_mesh)
+        own: Reference | None = pl_module.reference
+        if own is not None and own.equals_initial_policy and own.config.refresh_every is None:
+            self._initial = own  # which the module places
+        else:
+            self._initial = Reference(pl_module.built_policy(), ReferenceConfig())
+            self._initial.place(pl_module.device, pl_module.device_mesh)
         if self.gold is not None:
             self.gold.place(pl_module.device)
 

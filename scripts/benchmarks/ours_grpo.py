@@ -141,14 +141,37 @@ class Driver(Callback):
 def static_bytes(module: GRPO) -> dict[str, int]:
     """What is there whatever the batch: fp32 masters, the compute view where it is another copy, gradients, Adam."""
     policy = module.built_policy()
-    masters = list(policy.model.parameters())
-    view = policy.view
-    own = [] if view is None else [low for master, low in view.pairs if low.data_ptr() != master.data_ptr()]
     return {
-        "parameters": tensor_bytes(masters) + tensor_bytes(own),
+        "parameters": tensor_bytes(policy.model.parameters()) + view_bytes(policy),
         "gradients": tensor_bytes(p for _, p in policy.trainable()),  # fp32, as the masters
         "optimizer": sum(optimizer_bytes(optimizer) for optimizer in module.trainer.optimizers),
     }
+
+
+def view_bytes(network: Policy) -> int:
+    """The compute view, where it is another copy."""
+    pairs = [] if network.view is None else network.view.pairs
+    return tensor_bytes(low for master, low in pairs if low.data_ptr() != master.data_ptr())
+
+
+def bare_trainer(setup: dict[str, Any], driver: Callback, **more: Any) -> pl.Trainer:
+    """Trains until the process ends, and does nothing besides."""
+    arguments: dict[str, Any] = {
+        "accelerator": "gpu" if setup["device"] == "cuda" else "cpu",
+        "devices": 1,
+        "max_steps": -1,
+        "max_epochs": -1,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "default_root_dir": setup["folder"],
+        "callbacks": [driver],
+    }
+    return pl.Trainer(**{**arguments, **more})
 
 
 def main() -> None:
@@ -176,20 +199,8 @@ def main() -> None:
         token_budget=setup["token_budget"],
         optimizer=lambda params: torch.optim.AdamW(params, lr=rate, weight_decay=0.0, fused=True),
     )
-    trainer = pl.Trainer(
-        accelerator="gpu" if cuda else "cpu",
-        devices=world,
-        strategy="auto" if world == 1 else DDPStrategy(process_group_backend=None if cuda else "gloo"),
-        max_steps=-1,
-        max_epochs=-1,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[Driver(channel, clock, rank, world)],
-    )
+    strategy = "auto" if world == 1 else DDPStrategy(process_group_backend=None if cuda else "gloo")
+    trainer = bare_trainer(setup, Driver(channel, clock, rank, world), devices=world, strategy=strategy)
     trainer.fit(module, DataLoader(Waiting(), batch_size=None))
 
 

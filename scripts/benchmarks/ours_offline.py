@@ -15,7 +15,7 @@ from lit_posttrain.data.examples import ExampleData
 from lit_posttrain.policy import PolicyConfig
 from lit_posttrain.types import Example
 
-from .ours_grpo import static_bytes
+from .ours_grpo import bare_trainer, static_bytes
 from .protocol import Channel, Clock, begin, tensor_bytes
 
 
@@ -115,21 +115,7 @@ def train(setup: dict[str, Any], channel: Any) -> None:
     clock = Clock(setup["device"])
     pl.seed_everything(setup["seed"])
     kept = Kept()
-    trainer = pl.Trainer(
-        accelerator="gpu" if setup["device"] == "cuda" else "cpu",
-        devices=1,
-        max_steps=-1,
-        max_epochs=-1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        logger=kept,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=setup["folder"],
-        callbacks=[Driver(channel, clock, kept, setup["checked"])],
-    )
+    trainer = bare_trainer(setup, Driver(channel, clock, kept, setup["checked"]), logger=kept)
     trainer.fit(module(setup), datamodule=Given(setup["examples"], setup["model"]))
 
 

@@ -21,7 +21,7 @@ from lit_posttrain.rewards import LearnedReward, RewardFunction
 from lit_posttrain.rollout import SamplingParams
 from lit_posttrain.types import Prompt
 
-from .ours_grpo import RATE, Checksum, Driver, Waiting, static_bytes
+from .ours_grpo import RATE, Checksum, Driver, Waiting, bare_trainer, static_bytes, view_bytes
 from .ours_rollout import make_engine
 from .protocol import Channel, Clock, begin, tensor_bytes
 
@@ -38,20 +38,15 @@ class PPODriver(Driver):
     def static_bytes(self, module: Any) -> dict[str, int]:
         """Policy and critic are trained, the reference and the reward model are not."""
         static = static_bytes(module)
-        others = [module.built_critic()]
         critic = module.built_critic()
-        static["critic"] = 2 * tensor_bytes(p for _, p in critic.trainable()) + sum(map(view_bytes, others))
+        masters_and_gradients = 2 * tensor_bytes(p for _, p in critic.trainable())
+        static["critic"] = masters_and_gradients + view_bytes(critic)
         if module.reference is not None:
             static["reference"] = tensor_bytes(module.reference.network.parameters())
         for reward in module.rewards:
             if isinstance(reward, LearnedReward):
                 static["reward_model"] = tensor_bytes(reward._scorer.scorer.network.parameters())  # type: ignore[union-attr]
         return static
-
-
-def view_bytes(network: Any) -> int:
-    """Of the low-precision copy, where it is one."""
-    return tensor_bytes(low for master, low in network.view.pairs if low.data_ptr() != master.data_ptr())
 
 
 def build(setup: dict[str, Any]) -> PPO:
@@ -87,19 +82,7 @@ def main() -> None:
     driver = PPODriver(channel, Clock(setup["device"]), 0, 1)
     driver.tokenizer = AutoTokenizer.from_pretrained(setup["model"])
     driver.stops = setup["stops"] if setup["full"] else None
-    trainer = pl.Trainer(
-        accelerator="gpu" if setup["device"] == "cuda" else "cpu",
-        devices=1,
-        max_steps=-1,
-        max_epochs=-1,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[driver],
-    )
+    trainer = bare_trainer(setup, driver)
     trainer.fit(build(setup), DataLoader(Waiting(), batch_size=None))
 
 

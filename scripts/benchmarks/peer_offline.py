@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from .protocol import Channel, Clock, begin, optimizer_bytes, tensor_bytes
+from .protocol import Channel, Clock, begin, optimizer_bytes, tensor_bytes, trl_settings
 
 # Tokens of a packed row: TRL's default.
 PACKED_ROW = 1024
@@ -85,34 +85,19 @@ def common(setup: dict[str, Any], count: int) -> dict[str, Any]:
     """Settings of all three trainers, each for a reason."""
     size = setup["rows_at_once"]
     return {
-        "output_dir": setup["folder"],
+        **trl_settings(setup),
         # The same work: one update on all rows, the same learning rate, clipping and optimizer, and neither cut.
         "per_device_train_batch_size": size,
         # Of packed rows there are fewer; the end of an epoch is the end of a step all the same.
         "gradient_accumulation_steps": -(-count // size),
         "train_sampling_strategy": "sequential",
         "learning_rate": setup["rate"],
-        "lr_scheduler_type": "constant",
-        "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "max_length": PACKED_ROW if setup["packed"] else None,
-        # Fast: five times the default optimizer's speed on a CPU; activations fit, so nothing is computed twice.
-        "optim": "adamw_torch_fused",
-        "gradient_checkpointing": False,
-        # Precision: fp32 weights under bf16 autocast, or bf16 weights without it; fp32 where nothing multiplies bf16.
         "model_init_kwargs": {"dtype": setup["weights"]},
-        "bf16": setup["autocast"],
-        # Nothing besides training.
-        "use_cpu": setup["device"] == "cpu",
         "max_steps": 10**6,
-        "dataloader_pin_memory": False,
-        "eval_strategy": "no",
-        "save_strategy": "no",
         "logging_strategy": "steps",
         "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": setup["seed"],
     }
 
 
@@ -125,7 +110,7 @@ def make_trainer(setup: dict[str, Any], driver: Driver) -> Any:
     data = rows(setup["task"], setup["examples"])
     tokenizer = AutoTokenizer.from_pretrained(setup["model"])
     tokenizer.pad_token = setup["padding"]
-    shared: dict[str, Any] = {
+    given: dict[str, Any] = {
         "model": setup["model"],
         "train_dataset": Dataset.from_list(data),
         "processing_class": tokenizer,
@@ -133,10 +118,10 @@ def make_trainer(setup: dict[str, Any], driver: Driver) -> Any:
     }
     settings = common(setup, len(data))
     if setup["task"] == "sft":
-        return SFTTrainer(args=SFTConfig(**settings, packing=setup["packed"]), **shared)
+        return SFTTrainer(args=SFTConfig(**settings, packing=setup["packed"]), **given)
     if setup["task"] == "rm":
-        return RewardTrainer(args=RewardConfig(**settings), **shared)
-    return TokenDPOTrainer(args=DPOConfig(**settings, precompute_ref_log_probs=setup["cached"]), **shared)
+        return RewardTrainer(args=RewardConfig(**settings), **given)
+    return TokenDPOTrainer(args=DPOConfig(**settings, precompute_ref_log_probs=setup["cached"]), **given)
 
 
 def train(setup: dict[str, Any], channel: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-from .protocol import Channel, Clock, begin, optimizer_bytes, tensor_bytes, useful_tokens
+from .protocol import Channel, Clock, begin, optimizer_bytes, tensor_bytes, trl_settings, useful_tokens
 
 
 class Driver(TrainerCallback):
@@ -56,7 +56,6 @@ def arguments(config: Any, setup: dict[str, Any]) -> Any:
     """TRL's settings, each for a reason."""
     micro, total = setup["micro_batch"], len(setup["prompts"])
     return config(
-        output_dir=setup["folder"],
         # The same work: one pass and one update on all answers of a rollout, the same KL, value loss and rate.
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=total // micro,
@@ -70,23 +69,9 @@ def arguments(config: Any, setup: dict[str, Any]) -> Any:
         kl_coef=0.05,
         vf_coef=0.1,
         learning_rate=1e-6,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        # Fast: five times the default optimizer's speed on a CPU; activations fit, so nothing is computed twice.
-        optim="adamw_torch_fused",
-        gradient_checkpointing=False,
-        # Precision: fp32 weights under bf16 autocast, or bf16 weights without it; fp32 where nothing multiplies bf16.
-        bf16=setup["autocast"],
-        # Nothing besides training.
-        use_cpu=setup["device"] == "cpu",
         num_sample_generations=0,
-        dataloader_pin_memory=False,
-        eval_strategy="no",
-        save_strategy="no",
         logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=setup["seed"],
+        **trl_settings(setup),
     )
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from .protocol import Channel, Clock, begin, optimizer_bytes, reward, tensor_bytes
+from .protocol import Channel, Clock, begin, optimizer_bytes, reward, tensor_bytes, trl_settings
 
 
 class Driver(TrainerCallback):
@@ -52,7 +52,6 @@ def arguments(setup: dict[str, Any]) -> GRPOConfig:
     micro, total = setup["micro_batch"], len(setup["prompts"]) * setup["samples"]
     fixed: dict[str, Any] = {"eos_token_id": None}
     return GRPOConfig(
-        output_dir=setup["folder"],
         # The same work: one update on all samples of a rollout, no reference, full vocabulary, one mean over all
         # tokens ("dapo"), the same learning rate, clipping and optimizer.
         per_device_train_batch_size=micro,
@@ -66,28 +65,14 @@ def arguments(setup: dict[str, Any]) -> GRPOConfig:
         beta=0.0,
         loss_type="dapo",
         learning_rate=1e-6,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
         max_grad_norm=1.0,
         disable_dropout=True,
         generation_kwargs=fixed if setup["kind"] == "fixed" else None,
-        # Fast: five times the default optimizer's speed on a CPU; activations fit, so nothing is computed twice.
-        optim="adamw_torch_fused",
-        gradient_checkpointing=False,
-        # Precision: fp32 weights under bf16 autocast, or bf16 weights without it; fp32 where nothing multiplies bf16.
         model_init_kwargs={"dtype": setup["weights"]},
-        bf16=setup["autocast"],
-        # Nothing besides training.
-        use_cpu=setup["device"] == "cpu",
         max_steps=10**6,
         shuffle_dataset=False,
-        dataloader_pin_memory=False,
-        eval_strategy="no",
-        save_strategy="no",
         logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=setup["seed"],
+        **trl_settings(setup),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 from .grpo import OURS, WARMUPS, memory, trl_name
@@ -10,7 +9,7 @@ from .rows import Rows, say
 from .settings import Bench
 from .workers import ROOT, BenchError, Worker, interleaved
 
-OUR_PPO, OUR_GRPO = "ours", "ours grpo"
+OUR_GRPO = "ours grpo"
 # Beside GRPO: fixed length, a checksum as reward, no KL. Beside TRL: a reward model, a reference, one answer a prompt.
 VARIANTS = ("grpo", "headline", "bf16")
 # The last TRL that has a PPOTrainer; scripts/env.sh puts it there.
@@ -34,12 +33,9 @@ def run(bench: Bench) -> dict[str, Any]:
 
 def beside_grpo(bench: Bench, rows: Rows) -> None:
     """The critic has the policy's size; everything else is equal."""
-    setups = {OUR_PPO: ("ours_ppo", {"full": False}), OUR_GRPO: ("ours_grpo", {})}
-    with ExitStack() as stack:
-        workers = []
-        for name, (module, more) in setups.items():
-            setup = bench.setup(engine=bench.args.engine, **more)
-            workers.append(stack.enter_context(Worker(name, module, setup, bench.env)))
+    setup = bench.setup(engine=bench.args.engine, full=False)
+    with Worker(OURS, "ours_ppo", setup, bench.env) as ppo, Worker(OUR_GRPO, "ours_grpo", setup, bench.env) as grpo:
+        workers = [ppo, grpo]
         for worker in workers:
             warm_up(worker, bench, "fixed")
         for worker in interleaved(workers, bench.args.repeats):
@@ -61,7 +57,7 @@ def beside_trl(bench: Bench, variant: str, rows: Rows, tried: dict[str, Any] | N
     peer = best_peer(bench, variant == "bf16", shared, tried) if tried is not None else None
     try:
         setup = bench.setup(engine=bench.args.engine, full=True, **{**shared, "samples": 1})
-        with Worker(OUR_PPO, "ours_ppo", setup, bench.env) as ours:
+        with Worker(OURS, "ours_ppo", setup, bench.env) as ours:
             warm_up(ours, bench, "ragged", **more)
             for worker in interleaved([ours, peer] if peer else [ours], bench.args.repeats):
                 rows.add(variant, worker.name, worker.request(**{**bench.request("ragged"), **more}))
@@ -108,7 +104,11 @@ def best_peer(bench: Bench, bf16: bool, shared: dict[str, Any], tried: dict[str,
         )
     tried[name] = rates
     best = start(int(max(rates, key=lambda size: rates[size])) if rates else sizes[0])
-    best.request()
+    try:
+        best.request()
+    except BaseException:
+        best.close()
+        raise
     return best
 
 
@@ -124,11 +124,11 @@ def summary(rows: Rows) -> dict[str, Any]:
         sides = {OURS: "ppo" if variant == "grpo" else "ours", OUR_GRPO: "grpo"}
         result[variant] = {sides.get(n, "trl"): {**rows.summary(variant, n), **memory(rows, variant, n)} for n in names}
         if variant == "grpo":
-            result["step_vs_grpo"] = rows.speedup(variant, OUR_GRPO, OUR_PPO)
+            result["step_vs_grpo"] = rows.speedup(variant, OUR_GRPO, OURS)
         elif len(names) == 2:
             ours, peer = result[variant]["ours"], result[variant]["trl"]
             suffix = "" if variant == "headline" else "_bf16"
-            result["speedup_vs_trl" + suffix] = rows.speedup(variant, OUR_PPO, names[1])
+            result["speedup_vs_trl" + suffix] = rows.speedup(variant, OURS, names[1])
             if variant == "headline":
                 result["activation_memory_vs_trl"] = ours["activation_bytes"] / peer["activation_bytes"]
                 result["peak_memory_vs_trl"] = ours["peak_bytes"] / peer["peak_bytes"]

@@ -116,3 +116,26 @@ def begin(setup: dict[str, Any]) -> None:
     """Threads and seed, as the parent wants them."""
     torch.set_num_threads(setup["threads"])
     torch.manual_seed(setup["seed"])
+
+
+def trl_settings(setup: dict[str, Any]) -> dict[str, Any]:
+    """What every trainer of TRL is told, each setting for a reason."""
+    return {
+        "output_dir": setup["folder"],
+        # The same work: no decay of weights or rate.
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        # Fast: five times the default optimizer's speed on a CPU; activations fit, so nothing is computed twice.
+        "optim": "adamw_torch_fused",
+        "gradient_checkpointing": False,
+        # Precision: fp32 weights under bf16 autocast, or bf16 weights without it; fp32 where nothing multiplies bf16.
+        "bf16": setup["autocast"],
+        # Nothing besides training.
+        "use_cpu": setup["device"] == "cpu",
+        "dataloader_pin_memory": False,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": setup["seed"],
+    }

@@ -18,6 +18,7 @@ from lit_posttrain.algorithms.sampling import SamplingModule
 from lit_posttrain.callbacks import CheckpointEvery
 from lit_posttrain.checkpoint import newest_checkpoint
 from lit_posttrain.policy import LoraConfig
+from lit_posttrain.reference import ReferenceConfig
 from lit_posttrain.report.overoptimisation import OverOptimisation
 from lit_posttrain.rewards import PythonReward
 
@@ -100,6 +101,24 @@ def test_training_is_the_same_with_and_without(lora: bool, tiny_model: Path, tmp
     assert gap(*final) == 0.0
     assert points(tmp_path / "with")[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert points(tmp_path / "with")[-1]["kl"] > 0
+
+
+@pytest.mark.parametrize(("kl", "refresh", "shared"), [(0.2, None, True), (0.2, 2, False), (0.0, None, False)])
+def test_the_reference_is_not_loaded_twice(
+    kl: float, refresh: Any, shared: bool, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    inner = OverOptimisation._kl
+
+    def spy(self: Any, module: Any, *rest: Any) -> float:
+        seen.append(self._initial is module.reference)
+        return inner(self, module, *rest)
+
+    monkeypatch.setattr(OverOptimisation, "_kl", spy)
+    module = ppo(tiny_model, objective=ppo_objective(kl=kl), reference=ReferenceConfig(refresh_every=refresh))
+    fit(module, held_out(tiny_model, tmp_path), tmp_path, watched(), **EVERY)
+    assert set(seen) == {shared}
+    assert points(tmp_path)[0]["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_no_gold_and_a_gold_that_fails(tiny_model: Path, tmp_path: Path) -> None:
