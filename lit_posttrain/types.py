@@ -209,6 +209,7 @@ class Stream(NamedTuple):
         totals: Counts of the whole step over all ranks, known before the first backward.
         loss: Called on each micro-batch with ``totals``.
         idle_columns: What columns an idle micro-batch needs.
+        done: Called behind the last micro-batch, before the next stream begins; may be collective.
     """
 
     name: str
@@ -216,6 +217,7 @@ class Stream(NamedTuple):
     totals: Totals
     loss: Callable[[MicroBatch, Totals], Loss]
     idle_columns: dict[str, Tensor]
+    done: Callable[[], None] | None = None
 
 
 class StepResult(NamedTuple):

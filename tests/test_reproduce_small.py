@@ -1,12 +1,16 @@
 """Reproductions in the small world: quick runs, and what decides a verdict."""
 
+import importlib
 import json
+import random
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 
 def quick(reproduce: ModuleType, identifier: str, folder: Path) -> dict[str, Any]:
@@ -65,8 +69,81 @@ def test_friendly_counts_to_three(reproduce: ModuleType) -> None:
     assert reproduce.load("E1").friendly(texts) == pytest.approx([1 / 3, -2 / 3, 1.0, 0.0])
 
 
+def test_over_optimisation_of_every_reward_model(
+    reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce.load("E2"), "COMPARISONS", (20, 60))
+    f = quick(reproduce, "E2", tmp_path)
+    for n in (20, 60):
+        golds = [f[f"n{n}_gold_{i}"] for i in range(3)]
+        assert f[f"n{n}_kl_0"] == pytest.approx(0.0, abs=1e-5)
+        best = golds.index(max(golds))
+        assert f[f"n{n}_peak_kl"] == f[f"n{n}_kl_{best}"]
+        assert f[f"n{n}_fall"] * (golds[best] - golds[0]) == pytest.approx(f[f"n{n}_rise"] * (golds[best] - golds[-1]))
+        gain = f[f"n{n}_proxy_2"] - f[f"n{n}_proxy_{best}"]
+        assert f[f"n{n}_proxy_gain_after_peak"] == pytest.approx(gain)
+    assert f["n20_gold_0"] == f["n60_gold_0"]
+    assert f["n20_proxy_0"] != f["n60_proxy_0"]
+
+
+def test_too_much_of_a_good_thing(reproduce: ModuleType) -> None:
+    texts = ["the cat .", "kind", "kind warm calm", "kind warm calm brave", "kind " * 4 + "warm", "warm " * 9]
+    assert [reproduce.load("E2").gold(t) for t in texts] == [0.0, 1.0, 3.0, 1.5, 0.0, -3.0]
+
+
+def test_comparisons_go_by_gold(reproduce: ModuleType, tmp_path: Path) -> None:
+    e2, world = reproduce.load("E2"), importlib.import_module("small_world")
+    world.pretrain(tmp_path, 0, 20, layers=2, width=64)
+    words = world.tokenizer()
+    network = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    rows = e2.comparisons(network, ["<s> the kind", "<s> the cold cat sees"], 1000, 0)
+    assert 0 < len(rows) <= 12
+    assert e2.comparisons(network, ["<s> the kind", "<s> the cold cat sees"], 2, 0) == rows[:2]
+    for row in rows:
+        better, worse = (e2.gold(words.decode(row[f"{side}_ids"])) for side in ("chosen", "rejected"))
+        assert better > worse
+        assert words.decode(row["prompt_ids"]) in ("<s> the kind", "<s> the cold cat sees")
+
+
+def test_every_duel_of_the_headline(reproduce: ModuleType, tmp_path: Path) -> None:
+    f = quick(reproduce, "E14", tmp_path)
+    assert f["times"] == f["parameters_large"] / f["parameters_small"] >= 8
+    for a, b in reproduce.load("E14").DUELS:
+        rate, low, high = (f[f"{a}_over_{b}{end}"] for end in ("", "_low", "_high"))
+        assert 0 <= rate <= 1
+        assert low <= rate <= high
+    assert f["gold_ppo"] != f["gold_sft"]
+    assert f["loss_prose_sft"] != f["loss_prose_base"]
+
+
+def test_a_win_rate_and_its_interval(reproduce: ModuleType) -> None:
+    ours, theirs = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 2.0], [1.0, 0.0]])
+    # Prompts win .75 and .25: mean .5, standard deviation .5 / sqrt(2), standard error .25.
+    assert reproduce.load("E14").win_rate(ours, theirs) == pytest.approx((0.5, 0.5 - 0.49, 0.5 + 0.49))
+
+
+def test_demonstrations_go_on_where_the_prompt_ends(reproduce: ModuleType) -> None:
+    e14 = reproduce.load("E14")
+    prompts, _ = e14.prefixes(0, 50, 1)
+    sentence = re.compile(r"the \w+ \w+ \w+ the \w+ \w+ \.")
+    for prompt in prompts:
+        whole = prompt.removeprefix("<s> ") + " " + e14.demonstration(prompt, random.Random(prompt))
+        assert sentence.sub("", whole).strip() == "", whole
+
+
 GOOD: dict[str, dict[str, float]] = {
     "E1": {"rise_ppo": 1.0, "removed": 0.9, "reward_ptx": 0.9, "reward_ppo": 0.91},
+    "E2": {
+        "n300_rise": 1.0,
+        "n300_fall": 1.0,
+        "n300_peak_kl": 1.0,
+        "n10000_peak_kl": 2.0,
+        **{f"n{n}_proxy_gain_after_peak": 0.0 for n in (300, 1000, 3000, 10000)},
+    },
+    "E14": {
+        "times": 8.0,
+        **{f"{duel}_low": 0.51 for duel in ("ppo_over_sft", "ptx_over_sft", "sft_over_base", "ptx_over_large_base")},
+    },
     "E3": {"dpo_minus_ppo_low": 0.01, **{f"tabular_gap_{b}": 0.0 for b in ("0.1", "0.25", "0.5", "1", "2")}},
     "E4": {"flatter": 0.1, "flatter_low": 0.01, "kl_dpo": 3.0, "kl_ppo": 3.0},
 }

@@ -158,7 +158,7 @@ class PostTrainModule(Reporting, ABC):
         measured, which keeps a second copy of the gradients.
 
         Args:
-            streams: The first one's metrics are the step's; metrics of the others must have other names.
+            streams: Gone through in order. Their losses add up; other metrics must have names of their own.
             last: Ends the iteration: steps through Lightning, whose ``global_step`` counts iterations, and moves the
                 schedule on.
             still: Names of parameter groups that this step leaves as they are.
@@ -177,6 +177,8 @@ class PostTrainModule(Reporting, ABC):
         for stream in streams:
             held = take_gradients(parameters)
             self._accumulate(stream, metrics, extremes)
+            if stream.done is not None:
+                stream.done()
             if isinstance(self.trainer.strategy, DDPStrategy):
                 average_gradients(parameters)
             if len(streams) > 1:

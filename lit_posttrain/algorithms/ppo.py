@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from lit_posttrain.algorithms.online import OnlineModule
 from lit_posttrain.critic import CriticConfig, ValuePolicy, values_of
 from lit_posttrain.functional.masked import Totals, aggregate, whiten
-from lit_posttrain.functional.returns import clipped_value_loss, ended_scores, generalised_advantages, token_rewards
+from lit_posttrain.functional.returns import (
+    Credit,
+    clipped_value_loss,
+    ended_scores,
+    generalised_advantages,
+    token_rewards,
+)
 from lit_posttrain.policy import PolicyConfig, causal_lm
 from lit_posttrain.ppo_objective import PPOObjective
 from lit_posttrain.rewards.base import RewardFunction
@@ -127,8 +133,10 @@ class PPO(OnlineModule):
     # --- credit -----------------------------------------------------------------------------------------------
 
     def scorers(self) -> list[Callable[[MicroBatch], dict[str, Tensor]]]:
-        """Also the values before the first update."""
+        """Also the values before the first update, unless the only update's own pass gives them."""
         scorers = super().scorers()
+        if self._values_with_update():
+            return scorers
         if self.critic is not None:
             return [*scorers, lambda b: {"old_values": values_of(self.built_critic(), b.sequences, b.mask)}]
         others = [s for s in scorers if s != self.old_policy]
@@ -138,9 +146,16 @@ class PPO(OnlineModule):
         scored, values = self._shared().with_values(batch.sequences, batch.mask, self.sampling.temperature)
         return {"old_log_probs": scored.log_probs, "old_values": values}
 
+    def _values_with_update(self) -> bool:
+        """One update a rollout: its critic's pass comes first, and is then the first look at the values as well."""
+        return self.critic is not None and self.num_epochs * self.num_minibatches == 1
+
     def credit(self, rollout: Rollout, scored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Token rewards, then GAE; whitened with the moments of all ranks. Returns come before whitening."""
-        objective, gae, mask = self.objective, self.objective.gae, rollout.mask
+        """Token rewards, then GAE; whitened with the moments of all ranks. Returns come before whitening.
+
+        Values that come with the update are not known yet: what follows from them is then filled in by its streams.
+        """
+        objective, mask = self.objective, rollout.mask
         ended = torch.tensor([c.stop_reason == "stop" for c in rollout.completions])
         replacement, penalty = objective.missing_eos_reward, objective.missing_eos_penalty
         scores = ended_scores(rollout.judgement.rewards, ended, replacement, penalty)
@@ -152,14 +167,20 @@ class PPO(OnlineModule):
             mask,
             self.kl_coef,
         )
-        non_score = rewards.sum(-1) - scores * mask.any(-1)
-        if gae.whiten_rewards:
+        self._mask, self._scores, self._non_score = mask, scores, rewards.sum(-1) - scores * mask.any(-1)
+        if objective.gae.whiten_rewards:
             rewards = self._whitened(rewards, mask, shift_mean=False)
-        advantages, returns = generalised_advantages(rewards, scored["old_values"], mask, gae.gamma, gae.lam)
-        if gae.whiten_advantages:
+        if self._values_with_update():
+            later = {name: torch.zeros_like(rewards) for name in ("old_values", "returns", "advantages")}
+            return {"token_rewards": rewards, **later}
+        advantages, returns = self._generalised(rewards, scored["old_values"], mask)
+        if objective.gae.whiten_advantages:
             advantages = self._whitened(advantages, mask, shift_mean=True)
-        self._scores, self._non_score = scores, non_score
         return {"advantages": advantages, "returns": returns}
+
+    def _generalised(self, rewards: Tensor, values: Tensor, mask: Tensor) -> Credit:
+        gae = self.objective.gae
+        return generalised_advantages(rewards, values, mask, gae.gamma, gae.lam)
 
     def _whitened(self, x: Tensor, mask: Tensor, *, shift_mean: bool) -> Tensor:
         """Population moments over the answers' tokens of the whole rollout."""
@@ -178,12 +199,17 @@ class PPO(OnlineModule):
     def streams(
         self, batches: list[MicroBatch], totals: Totals, columns: dict[str, Tensor], iteration: int
     ) -> list[Stream]:
-        """The policy's pass and the critic's, one after the other: their activations never exist together."""
+        """The critic's pass and the policy's, one after the other: their activations never exist together."""
         policy = Stream("rl", batches, totals, self.loss, columns)
         if self.critic is None:
             return [policy]
         critic = Stream("critic", batches, totals, self._critic_loss, columns)
-        return [critic] if "policy" in self.still(iteration) else [policy, critic]
+        if self._values_with_update():
+            critic = critic._replace(
+                loss=lambda batch, totals: self._first_critic_loss(batch, totals, columns),
+                done=lambda: self._hand_over(batches, columns),
+            )
+        return [critic] if "policy" in self.still(iteration) else [critic, policy]
 
     def still(self, iteration: int) -> Container[str]:
         """The policy waits while the critic warms up."""
@@ -205,6 +231,25 @@ class PPO(OnlineModule):
 
     def _critic_loss(self, batch: MicroBatch, totals: Totals) -> Loss:
         return self._value_loss(batch, totals, values_of(self.built_critic(), batch.sequences, batch.mask))
+
+    def _first_critic_loss(self, batch: MicroBatch, totals: Totals, columns: dict[str, Tensor]) -> Loss:
+        """The same where this pass is also the first look at the values; ``columns`` learn what follows from them."""
+        values = values_of(self.built_critic(), batch.sequences, batch.mask)
+        old = values.detach().cpu()
+        credit = self._generalised(batch.columns["token_rewards"].cpu(), old, batch.mask.cpu())
+        found = {"old_values": old, **credit._asdict()}
+        for name, each in found.items():
+            columns[name][batch.rows, : each.shape[1]] = each[: len(batch.rows)]  # an idle micro-batch has no rows
+        known = {**batch.columns, **{name: each.to(values.device) for name, each in found.items()}}
+        return self._value_loss(batch._replace(columns=known), totals, values)
+
+    def _hand_over(self, batches: list[MicroBatch], columns: dict[str, Tensor]) -> None:
+        """All advantages are known by now: give them to the policy's micro-batches. Collective."""
+        advantages = columns["advantages"]
+        if self.objective.gae.whiten_advantages:
+            advantages.copy_(self._whitened(advantages, self._mask, shift_mean=True))
+        for batch in batches:
+            batch.columns["advantages"] = advantages[batch.rows, : batch.mask.shape[1]]
 
     def _value_loss(self, batch: MicroBatch, totals: Totals, values: Tensor) -> Loss:
         config, how = self.objective.value, self.objective.aggregation

@@ -35,7 +35,7 @@ def kept_columns(module: PPO) -> list[Any]:
 
     def keeping(rollout: Any, scored: Any) -> Any:
         kept.append((rollout, {**scored, **credit(rollout, scored)}))
-        return {name: kept[-1][1][name] for name in ("advantages", "returns")}
+        return {name: column for name, column in kept[-1][1].items() if name not in scored}
 
     module.credit = keeping  # type: ignore[method-assign]
     return kept
@@ -117,6 +117,48 @@ def test_one_step_is_the_one_written_out_by_hand(tiny_model: Path, tmp_path: Pat
     assert curve(tmp_path, "train/val/explained_variance") == pytest.approx([explained], rel=1e-3)
 
 
+def same_tags(one: Path, other: Path) -> None:
+    """Every curve agrees, but for times."""
+    ours, theirs = scalars(one), scalars(other)
+    for tag in ours.keys() & theirs.keys():
+        if tag.startswith("train/") and tag.removeprefix("train/") not in ("step_time", "eps"):
+            assert [v for _, v in ours[tag]] == pytest.approx([v for _, v in theirs[tag]], rel=1e-5, abs=1e-6), tag
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("whiten", [False, True])
+def test_values_that_come_with_the_update_are_those_of_a_pass_of_their_own(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whiten: bool, warmup: int
+) -> None:
+    """One update a rollout: the critic runs once a micro-batch, and nothing else about the training changes."""
+    from lit_posttrain.scalar_heads import ScoreNetwork
+
+    calls: list[int] = []
+    forward = ScoreNetwork.forward
+    monkeypatch.setattr(ScoreNetwork, "forward", lambda *a, **k: (calls.append(1), forward(*a, **k))[1])
+    gae = GAEConfig(gamma=0.9, lam=0.8, whiten_advantages=whiten, whiten_rewards=whiten)
+    trained, counts, columns = [], [], []
+    for together in (True, False):
+        calls.clear()
+        module = ppo(
+            tiny_model, objective=ppo_objective(kl=0.3, gae=gae), token_budget=40, critic=CriticConfig(warmup=warmup)
+        )
+        assert module._values_with_update() is False  # before there is a critic
+        if not together:
+            monkeypatch.setattr(module, "_values_with_update", lambda: False)
+        columns.append(kept_columns(module))
+        (tmp_path / str(together)).mkdir()
+        fit(module, prompts(tiny_model, tmp_path), tmp_path / str(together), max_steps=3)
+        trained.append({n: p.detach().clone() for n, p in module.named_parameters()})
+        counts.append(len(calls))
+    assert gap(*trained) == 0.0
+    assert counts[1] == 2 * counts[0]
+    same_tags(tmp_path / "True", tmp_path / "False")
+    for (_, one), (_, other) in zip(*columns, strict=True):
+        for name in ("advantages", "returns", "old_values"):
+            assert torch.equal(one[name], other[name]), name
+
+
 @pytest.mark.trap(15)
 @pytest.mark.parametrize("shared", [False, True])
 def test_any_token_budget_gives_the_same_weights(tiny_model: Path, tmp_path: Path, shared: bool) -> None:
@@ -129,6 +171,13 @@ def test_any_token_budget_gives_the_same_weights(tiny_model: Path, tmp_path: Pat
         results.append({n: p.detach().clone() for n, p in module.named_parameters()})
     for other in results[1:]:
         assert gap(results[0], other) < 1e-6
+
+
+def test_a_second_epoch_clips_around_the_first_values(tiny_model: Path, tmp_path: Path) -> None:
+    """Two epochs: a critic that runs off is held back by its values before the first."""
+    objective = ppo_objective(kl=0.0, value=ValueConfig(coef=1.0, clip=1e-3))
+    ran(tiny_model, tmp_path / "run", objective=objective, num_epochs=2, critic=CriticConfig(lr=0.5))
+    assert curve(tmp_path / "run", "train/val/clipfrac_avg")[0] > 0
 
 
 def test_the_first_update_of_an_iteration_has_ratio_1_and_later_ones_the_old_policy(
