@@ -3,11 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 from math import comb
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -123,8 +125,13 @@ class WinRate(Metric):
     full_state_update = False
     outcomes: list[Tensor]
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **kwargs: Any):
+        """As torchmetrics' own.
+
+        Args:
+            **kwargs: ``sync_on_compute=False`` where every process has all outcomes already.
+        """
+        super().__init__(**kwargs)
         self.add_state("outcomes", default=[], dist_reduce_fx="cat")
 
     def update(self, outcomes: Float[Tensor, " n"]) -> None:
@@ -137,7 +144,8 @@ class WinRate(Metric):
         The interval is Wilson's (1927) with the variance of the outcomes, which ties and disagreements make smaller
         than a coin's: the number of prompts is scaled by p (1 - p) / variance. NaN without prompts.
         """
-        values = torch.cat(list(self.outcomes)) if len(self.outcomes) else torch.zeros(0, dtype=torch.float64)
+        # A list of batches, or after a sync one tensor.
+        values = dim_zero_cat(self.outcomes) if len(self.outcomes) else torch.zeros(0, dtype=torch.float64)
         n, p = len(values), values.mean()
         spread = p * (1 - p)
         variance = values.var(correction=0)

@@ -96,9 +96,9 @@ def test_comparisons_go_by_gold(reproduce: ModuleType, tmp_path: Path) -> None:
     world.pretrain(tmp_path, 0, 20, layers=2, width=64)
     words = world.tokenizer()
     network = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    rows = e2.comparisons(network, ["<s> the kind", "<s> the cold cat sees"], 1000, 0)
+    rows = e2.comparisons(network, ["<s> the kind", "<s> the cold cat sees"], 1000, 0, e2.gold)
     assert 0 < len(rows) <= 12
-    assert e2.comparisons(network, ["<s> the kind", "<s> the cold cat sees"], 2, 0) == rows[:2]
+    assert e2.comparisons(network, ["<s> the kind", "<s> the cold cat sees"], 2, 0, e2.gold) == rows[:2]
     for row in rows:
         better, worse = (e2.gold(words.decode(row[f"{side}_ids"])) for side in ("chosen", "rejected"))
         assert better > worse
@@ -134,11 +134,11 @@ def test_demonstrations_go_on_where_the_prompt_ends(reproduce: ModuleType) -> No
 GOOD: dict[str, dict[str, float]] = {
     "E1": {"rise_ppo": 1.0, "removed": 0.9, "reward_ptx": 0.9, "reward_ppo": 0.91},
     "E2": {
-        "n300_rise": 1.0,
-        "n300_fall": 1.0,
-        "n300_peak_kl": 1.0,
+        "n1000_rise": 1.0,
+        "n1000_fall": 1.0,
+        "n1000_peak_kl": 1.0,
         "n10000_peak_kl": 2.0,
-        **{f"n{n}_proxy_gain_after_peak": 0.0 for n in (300, 1000, 3000, 10000)},
+        **{f"n{n}_proxy_gain_after_peak": 0.0 for n in (1000, 3000, 10000)},
     },
     "E14": {
         "times": 8.0,

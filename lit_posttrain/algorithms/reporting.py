@@ -64,7 +64,7 @@ class Reporting(pl.LightningModule):
     # --- logs -------------------------------------------------------------------------------------------------
 
     def run_dir(self) -> Path:
-        """The run's folder."""
+        """The run's folder. Collective: every rank asks, or none."""
         return Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def epochs_done(self) -> float:

@@ -117,7 +117,7 @@ class WinRate(PostTrainModule):
             raise ValueError(f"model.init_args.prompts: must be at least 1, is {prompts}; null for all")
         self.judge, self.opponent_config, self.prompts, self.generations = judge, opponent, prompts, generations
         self.engine = engine or NativeEngine()
-        self.metric = WinRateMetric()
+        self.metric = WinRateMetric(sync_on_compute=False)  # every process judges all
 
     def setup(self, stage: str) -> None:
         """Refuse to train."""
@@ -176,10 +176,11 @@ class WinRate(PostTrainModule):
         self.on_validation_epoch_end()
 
     def _write(self, outcomes: list[float], ours: list[Answer], theirs: list[Answer]) -> None:
+        folder = self.run_dir()
         if not self.trainer.is_global_zero:
             return
         step = self.step_of_weights()
-        write_comparisons(self.run_dir() / "evaluation" / f"step-{step}.jsonl", outcomes, ours, theirs)
+        write_comparisons(folder / "evaluation" / f"step-{step}.jsonl", outcomes, ours, theirs)
         self.log_text("eval/comparisons", as_table(outcomes, ours, theirs), step)
 
     def teardown(self, stage: str) -> None:
@@ -240,13 +241,14 @@ class WinRateDuringTraining(Callback):
         examples = trainer.datamodule.examples("val")[: self.prompts]  # pyright: ignore[reportAttributeAccessIssue]
         ours = sampled(pl_module.engine, pl_module.built_policy(), examples, self.generations, pl_module.tokenizer)
         outcomes = compare(self.judge, ours, self._theirs, randomness.run_seed())
-        metric = WinRateMetric()
+        metric = WinRateMetric(sync_on_compute=False)
         metric.update(torch.tensor(outcomes))
         values = {name: float(value) for name, value in metric.compute().items()}
         pl_module.log_scores("eval", values, pl_module.step_of_weights())
+        folder = pl_module.run_dir()
         if trainer.is_global_zero:
             step = pl_module.step_of_weights()
-            write_comparisons(pl_module.run_dir() / "comparisons" / f"step-{step}.jsonl", outcomes, ours, self._theirs)
+            write_comparisons(folder / "comparisons" / f"step-{step}.jsonl", outcomes, ours, self._theirs)
             pl_module.log_text("eval/comparisons", as_table(outcomes, ours, self._theirs), step)
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:

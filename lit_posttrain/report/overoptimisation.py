@@ -140,9 +140,9 @@ class OverOptimisation(Callback):
         tagged = {f"eval/overoptimisation/{name}": value for name, value in point.items() if name != "step"}
         if module.logger is not None:
             module.logger.log_metrics(tagged, step=step)
+        folder: Path = module.run_dir()
         if not trainer.is_global_zero:
             return
-        folder: Path = module.run_dir()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{FILE}.json").write_text(json.dumps(self.points, indent=1) + "\n", encoding="utf-8")
         figure = overoptimisation_figure(self.points)

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from cores import one_a_core
+from labels import comparisons, reward_model
 from sentiment import (
     Checkpoints,
     gold,
-    learned_reward,
     log_probs,
-    preferences,
     preferred_ft,
     prefixes,
     sample,
@@ -33,8 +32,9 @@ CRITERION = (
 SEEDS = [0, 1, 2, 3, 4]
 
 SMALL, LARGE = {"layers": 2, "width": 64}, {"layers": 3, "width": 160}
-PRETRAINING, PREFIXES, HELD_OUT, COUNT = 1200, 2000, 512, 4
-SFT_STEPS, REWARD_STEPS, PPO_STEPS, LR, KL, PTX_COEF = 60, 180, 60, 1e-3, 0.1, 0.3
+PRETRAINING, PREFIXES, HELD_OUT, COUNT = 800, 2000, 512, 4
+SFT_STEPS, PPO_STEPS, LR, KL, PTX_COEF = 60, 60, 5e-4, 0.1, 0.3
+COMPARISONS, EPOCHS, REWARD_LR = 10000, 2, 1e-3
 VARIANTS = (("ppo", 0.0), ("ptx", PTX_COEF))
 # Whose win rate over whom is measured; the criterion names the first four.
 DUELS = (
@@ -100,8 +100,8 @@ def train(root: Path, prompts: list[str], seed: int, quick: bool) -> tuple[dict[
         folders[f"{prefix}sft"] = fine_tuned(base, root / f"{prefix}sft", rows, seed, steps)
     networks = {name: load(folder) for name, folder in folders.items()}
     # Labellers compare what the fine-tuned network writes, as in the paper.
-    pairs = write(root / "pairs.jsonl", preferences(networks["sft"], prompts, seed))
-    reward = learned_reward(folders["sft"], root, pairs, seed, 2 if quick else REWARD_STEPS)
+    pairs = write(root / "pairs.jsonl", comparisons(networks["sft"], prompts, COMPARISONS, seed, gold))
+    reward = reward_model(folders["sft"], root / "reward", pairs, seed, EPOCHS, REWARD_LR)
     questions = write(root / "questions.jsonl", [{"question": p} for p in prompts])
     proxy = {}
     for variant, coef in VARIANTS:

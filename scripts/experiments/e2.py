@@ -5,22 +5,16 @@ comparisons of the pretrained network's own samples, which hold more than that o
 comparisons does not know of the fall, and one of many does.
 """
 
-import itertools
-import os
-import random
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from cores import one_a_core
-from sentiment import PAIRS_A_STEP, SETTINGS, Checkpoints, log_probs, prefixes, sample, write
-from small_world import GOOD, ppo, pretrain, temporary, tokenizer
+from labels import comparisons, reward_model
+from sentiment import Checkpoints, log_probs, prefixes, sample, write
+from small_world import GOOD, ppo, pretrain, temporary
 from transformers import AutoModelForCausalLM
 
-from lit_posttrain.algorithms import RewardModel
-from lit_posttrain.data import Preferences
-from lit_posttrain.policy import PolicyConfig
 from lit_posttrain.rewards import LearnedReward
 from lit_posttrain.types import Sample
 
@@ -36,9 +30,9 @@ CRITERION = (
 SEEDS = [0, 1, 2]
 
 PRETRAINING, PREFIXES, HELD_OUT, COUNT = 600, 4000, 256, 4
-COMPARISONS = (300, 1000, 3000, 10000)
+COMPARISONS = (1000, 3000, 10000)
 EPOCHS, REWARD_LR = 4, 1e-3
-STEPS, EVERY, LR = 60, 5, 1e-3
+STEPS, EVERY, LR = 80, 5, 3e-4
 ENOUGH, FALL = 3, 1.5
 
 
@@ -46,46 +40,6 @@ def gold(text: str) -> float:
     """Good adjectives up to ``ENOUGH``; each further one costs ``FALL``, down to -3."""
     count = sum(word in GOOD for word in text.split())
     return max(-3.0, min(count, ENOUGH) - FALL * max(count - ENOUGH, 0))
-
-
-def comparisons(reference: Any, prompts: list[str], count: int, seed: int) -> list[dict[str, list[int]]]:
-    """Pairs of the network's samples of one prompt, the better one by gold first; ties are not asked about."""
-    drawn, rng = sample(reference, prompts, COUNT, 1.0, seed), random.Random(f"comparisons {seed}")
-    rows = []
-    for i in range(len(prompts)):
-        for a, b in itertools.combinations(range(i * COUNT, (i + 1) * COUNT), 2):
-            difference = gold(drawn.texts[a]) - gold(drawn.texts[b])
-            if difference:
-                chosen, rejected = (a, b) if difference > 0 else (b, a)
-                rows.append(
-                    {
-                        "prompt_ids": drawn.of(a, slice(None, drawn.start)),
-                        "chosen_ids": drawn.of(chosen),
-                        "rejected_ids": drawn.of(rejected),
-                    }
-                )
-    rng.shuffle(rows)
-    return rows[:count]
-
-
-def reward_model(base: Path, folder: Path, pairs: Path, count: int, seed: int, quick: bool) -> LearnedReward:
-    """Trained by the package on so many comparisons."""
-    folder.mkdir()
-    os.environ["PL_GLOBAL_SEED"] = str(seed)
-    module = RewardModel(
-        policy=PolicyConfig(model=str(base), compute_dtype="float32"), normalise=False, token_budget=8192,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=REWARD_LR, weight_decay=0.01),
-    )  # fmt: skip
-    steps = 2 if quick else max(1, EPOCHS * count // PAIRS_A_STEP)
-    data = Preferences(dataset=str(pairs), batch_size=min(PAIRS_A_STEP, count), tokenizer=str(base), **SETTINGS)
-    pl.Trainer(
-        accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, limit_val_batches=0,
-        default_root_dir=str(folder),
-    ).fit(module, data)  # fmt: skip
-    module.network().save_pretrained(folder / "model")
-    tokenizer().save_pretrained(folder / "model")
-    return LearnedReward(str(folder / "model"), compute_dtype="float32")
 
 
 class Watch:
@@ -123,7 +77,7 @@ class Watch:
 def over_optimise(root: Path, prompts: list[str], watch: Watch, pairs: Path, count: int, quick: bool) -> dict[str, Any]:
     """A reward model of ``count`` comparisons, then PPO on it without a KL penalty; the curve in figures."""
     folder, base = root / f"n{count}", root / "base"
-    reward = reward_model(base, folder, pairs, count, watch.seed, quick)
+    reward = reward_model(base, folder, pairs, watch.seed, 1 if quick else EPOCHS, REWARD_LR)
     points = [watch(watch.reference, reward)]
     look = Checkpoints(base, 1 if quick else EVERY, lambda network: points.append(watch(network, reward)))
     questions = write(root / "questions.jsonl", [{"question": p} for p in prompts])
@@ -153,7 +107,7 @@ def one(seed: int, quick: bool) -> dict[str, Any]:
         pretrain(root / "base", seed, 20 if quick else PRETRAINING, layers=2, width=64)
         reference = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float32)
         watch = Watch(reference, held_out, seed)
-        every = comparisons(reference, prompts, max(COMPARISONS), seed)
+        every = comparisons(reference, prompts, max(COMPARISONS), seed, gold)
         for count in COMPARISONS:
             pairs = write(root / f"pairs{count}.jsonl", every[:count])
             figures |= over_optimise(root, prompts, watch, pairs, count, quick)

@@ -1,6 +1,7 @@
 """Win rates: the number, its interval, judges and their errors, as an evaluation and during training."""
 
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from offline_runs import KINDS, data, fit, module, write
 from tiny import write_tiny_model
 from tiny_runs import curve, trainer
 from transformers import AutoModelForSequenceClassification
+from two_processes import train_in_two
 
 from lit_posttrain.algorithms.generations import GenerationConfig
 from lit_posttrain.algorithms.win_rate import WinRate, WinRateDuringTraining, compare
@@ -77,6 +79,14 @@ def test_a_tie_counts_half() -> None:
     got = computed([1.0, 0.5, 0.0], [1.0, 0.5])
     assert got["win_rate"] == pytest.approx(0.6)
     assert (got["wins"], got["ties"], got["losses"]) == pytest.approx((0.4, 0.4, 0.2))
+
+
+def test_outcomes_that_were_gathered_from_several_processes() -> None:
+    """A sync makes one tensor of the batches."""
+    metric = Metric()
+    metric.update(torch.tensor([1.0, 0.5]))
+    metric.outcomes = torch.tensor([1.0, 0.5, 0.0, 0.5], dtype=torch.float64)  # type: ignore[assignment]
+    assert float(metric.compute()["win_rate"]) == 0.5
 
 
 def test_the_interval_of_wins_and_losses_is_wilsons() -> None:
@@ -276,6 +286,30 @@ def test_during_training(against: str, tiny_model: Path, tmp_path: Path) -> None
         assert [row["b"] for row in rows] == [row["b"] for row in first]
         assert any(row["a"] != row["b"] for row in rows)
     assert curve(tmp_path, "eval/win_rate")[1] == pytest.approx(sum(row["outcome"] for row in rows) / 3)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("training", [False, True])
+def test_two_processes_judge_as_one(tiny_model: Path, tmp_path: Path, training: bool, strategy: str) -> None:
+    """The same outcomes, in a file that one of them writes."""
+
+    def judged(folder: Path, **more: Any) -> None:
+        rows = held_out(tiny_model, folder / f"data{os.environ.get('LOCAL_RANK', '')}")
+        if training:
+            callback = WinRateDuringTraining(Recording(), against="data", prompts=3, generations=SHORT)
+            run = module("sft", tiny_model, lr=0.5)
+            fit(run, rows, folder, callback, max_steps=2, limit_val_batches=1.0, val_check_interval=2, **more)
+            return
+        other = PolicyConfig(model=str(other_model), compute_dtype="float32")
+        run = WinRate(PolicyConfig(model=str(tiny_model), compute_dtype="float32"), Recording(), other, None, SHORT)
+        trainer(folder, limit_val_batches=1.0, **more).validate(run, rows, verbose=False)
+
+    other_model = write_tiny_model(tmp_path / "other", seed=5)
+    judged(tmp_path / "one")
+    train_in_two(strategy, lambda over: judged(tmp_path / "two", strategy=over, devices=2))
+    name = "version_0/comparisons/step-2.jsonl" if training else "version_0/evaluation/step-0.jsonl"
+    assert lines(tmp_path / "two" / name) == lines(tmp_path / "one" / name)
+    assert curve(tmp_path / "two", "eval/win_rate") == curve(tmp_path / "one", "eval/win_rate")
 
 
 def test_against_something_else() -> None:

@@ -13,6 +13,7 @@ from offline_runs import module as offline_module
 from ppo_runs import ppo, ppo_objective
 from tiny_runs import curve, even, fit, gap, grpo, prompts, trainer, weights
 from transformers import AutoModelForCausalLM
+from two_processes import train_in_two
 
 from lit_posttrain.algorithms.sampling import SamplingModule
 from lit_posttrain.callbacks import CheckpointEvery
@@ -149,3 +150,24 @@ def test_what_cannot_be_watched(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"OverOptimisation watches PPO and GRPO; SFT samples nothing"):
         offline_fit(offline_module("sft", tiny_model), offline_data("sft", tiny_model, tmp_path), tmp_path, watched())
     assert not issubclass(type(offline_module("sft", tiny_model)), SamplingModule)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_two_processes_measure_what_one_does(tiny_model: Path, tmp_path: Path, strategy: str) -> None:
+    """Sharded reference and policy; one process writes the file."""
+
+    def run(folder: Path, **more: Any) -> None:
+        module = ppo(tiny_model, lr=0.5, objective=ppo_objective(kl=0.0), token_budget=40, log_samples_every=0)
+        data = prompts(tiny_model, tmp_path, held_out_percent=50, val_size=None)
+        fit(module, data, folder, watched(), **{**EVERY, **more})
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    prompts(tiny_model, tmp_path)  # writes the questions before the processes part
+    run(tmp_path / "one")
+    train_in_two(strategy, lambda over: run(tmp_path / "two", strategy=over, devices=2))
+    single, both = points(tmp_path / "one"), points(tmp_path / "two")
+    assert [p["step"] for p in both] == [0, 1, 2, 3]
+    assert single[-1]["kl"] > 1e-3
+    for mine, theirs in zip(single, both, strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-3, abs=1e-6)
