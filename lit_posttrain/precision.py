@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from lit_posttrain.functional.products import add_widened_
+
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -79,6 +81,5 @@ class ComputeView:
 
 def _move_grad(master: nn.Parameter, low: nn.Parameter) -> None:
     assert low.grad is not None
-    # Widened as it is added: no fp32 copy of the gradient in between.
-    master.grad = low.grad.float() if master.grad is None else master.grad.add_(low.grad)
+    master.grad = low.grad.float() if master.grad is None else add_widened_(master.grad, low.grad)
     low.grad = None

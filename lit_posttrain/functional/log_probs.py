@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_posttrain.functional.products import pack, packed_product, packs
+from lit_posttrain.functional.products import add_widened_, pack, packed_product, packs
 
 # Logits that exist at one time. The products gain from many positions at once, and the fp32 sum of the weight's
 # gradient is touched once a chunk.
@@ -157,7 +157,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 if d_weight.dtype == states.dtype:
                     torch.addmm(d_weight, d_product.T, states[chunk], out=d_weight)
                 else:
-                    d_weight += d_product.T @ states[chunk]
+                    add_widened_(d_weight, d_product.T @ states[chunk])
         return (
             d_states,
             None if d_weight is None else d_weight.to(weight.dtype),

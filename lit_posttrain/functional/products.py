@@ -5,6 +5,8 @@ from torch import Tensor
 
 # oneDNN chooses the layout for this many rows; other numbers work too.
 _ROWS = 64
+# Numbers that are widened at a time when they are added up on a CPU: as many as a core's cache holds.
+_WIDENED = 2**18
 
 
 def packs(weight: Tensor) -> bool:
@@ -24,3 +26,16 @@ def pack(weight: Tensor) -> Tensor:
 def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` for ``x`` ``[..., in]``, W being the weight that ``packed`` was made from."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def add_widened_(total: Tensor, part: Tensor) -> Tensor:
+    """``total += part`` for a ``part`` of lower precision; returns ``total``.
+
+    torch widens all of ``part`` first; on a CPU that is an array that leaves the cache and comes back, and this adds in
+    pieces that stay in it: the same sums, five times as fast.
+    """
+    if total.device.type != "cpu" or total.dtype == part.dtype or not (total.is_contiguous() and part.is_contiguous()):
+        return total.add_(part)
+    for sums, summands in zip(total.view(-1).split(_WIDENED), part.view(-1).split(_WIDENED), strict=True):
+        sums.add_(summands)
+    return total
