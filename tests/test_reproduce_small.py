@@ -78,7 +78,9 @@ def test_over_optimisation_of_every_reward_model(
         golds = [f[f"n{n}_gold_{i}"] for i in range(3)]
         assert f[f"n{n}_kl_0"] == pytest.approx(0.0, abs=1e-5)
         best = golds.index(max(golds))
-        assert f[f"n{n}_peak_kl"] == f[f"n{n}_kl_{best}"]
+        near = 0.1 * (golds[best] - golds[0]) / f[f"n{n}_rise"] if f[f"n{n}_rise"] else 0.0
+        kept = [f[f"n{n}_kl_{i}"] for i in range(3) if golds[i] >= golds[best] - near]
+        assert f[f"n{n}_peak_kl"] == max(kept) >= f[f"n{n}_kl_{best}"]
         assert f[f"n{n}_fall"] * (golds[best] - golds[0]) == pytest.approx(f[f"n{n}_rise"] * (golds[best] - golds[-1]))
         gain = f[f"n{n}_proxy_2"] - f[f"n{n}_proxy_{best}"]
         assert f[f"n{n}_proxy_gain_after_peak"] == pytest.approx(gain)

@@ -20,20 +20,22 @@ from lit_posttrain.types import Sample
 
 CLAIM = (
     "As PPO without a KL penalty goes on, the learned reward keeps rising while the gold reward rises and then falls; "
-    "the peak comes at a larger KL where the reward model has seen more comparisons."
+    "where the reward model has seen more comparisons, gold keeps its peak to a larger KL."
 )
 CRITERION = (
     "in every seed, for the smallest number of comparisons gold peaks above the reference by at least .2 of its "
     "standard deviation there and then falls by at least .2, for every number the proxy at the end is no lower than "
-    "where gold peaks, and the KL at the peak is larger for the largest number than for the smallest"
+    "where gold peaks, and the largest KL at which gold is within .1 of its peak is larger for the largest number than "
+    "for the smallest"
 )
-SEEDS = [0, 1, 2]
+SEEDS = [0, 1, 2, 3]
 
 PRETRAINING, PREFIXES, HELD_OUT, COUNT = 600, 4000, 256, 4
 COMPARISONS = (1000, 3000, 10000)
 EPOCHS, REWARD_LR = 4, 1e-3
 STEPS, EVERY, LR = 80, 5, 3e-4
 ENOUGH, FALL = 3, 1.5
+NEAR = 0.1  # of the gold reward's standard deviation: three standard errors of a look
 
 
 def gold(text: str) -> float:
@@ -90,7 +92,7 @@ def over_optimise(root: Path, prompts: list[str], watch: Watch, pairs: Path, cou
     figures = {
         "rise": (peak["gold"] - start["gold"]) / start["gold_sd"],
         "fall": (peak["gold"] - end["gold"]) / start["gold_sd"],
-        "peak_kl": peak["kl"],
+        "peak_kl": max(p["kl"] for p in points if p["gold"] >= peak["gold"] - NEAR * start["gold_sd"]),
         "proxy_gain_after_peak": end["proxy"] - peak["proxy"],
     }
     for i, point in enumerate(points):
