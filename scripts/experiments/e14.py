@@ -62,7 +62,7 @@ def demonstration(prefix: str, rng: random.Random) -> str:
     return " ".join([*sentence[at:], *f"{phrase()} {rng.choice(VERBS)} {phrase()} .".split()])
 
 
-def demonstrations(prompts: list[str], seed: int) -> list[dict[str, list[int]]]:
+def demonstrations(prompts: list[str], seed: int) -> list[dict[str, Any]]:
     """One for every prompt, as token ids."""
     words, rng = tokenizer(), random.Random(f"demonstrations {seed}")
     return [
