@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_runs import GROUP, fit, grpo, prompts
 
-from lit_posttrain import policy as policy_module
+from lit_posttrain import blocks
 from lit_posttrain.batching import pad_sequences
 from lit_posttrain.policy import Policy, PolicyConfig
 from lit_posttrain.rollout import NativeEngine, SamplingParams
@@ -63,6 +63,6 @@ def test_the_engines_view_does_not_run_compiled_layers(tiny_model: Path, monkeyp
 
 
 def test_no_compiler_is_said_before_anything_runs(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy_module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(blocks.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"policy\.compile_layers.*g\+\+"):
         policy(tiny_model, compile_layers=True).build_view(torch.device("cpu"), sharded=False)

@@ -16,6 +16,7 @@ LAYERS = [
     ["attention"],
     ["precision"],
     ["sharding", "schedules"],
+    ["blocks"],
     ["dropout"],
     ["model_files"],
     ["scoring"],

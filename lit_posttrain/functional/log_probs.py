@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from lit_posttrain.functional.products import add_widened_, pack, packed_product, packs
 
-# Logits that exist at one time. The products gain from many positions at once, and the fp32 sum of the weight's
+# Bytes of logits that exist at one time. The products gain from many positions at once, and the fp32 sum of the weight's
 # gradient is touched once a chunk.
-CHUNK_ELEMENTS = 2**25
+CHUNK_BYTES = 2**26
 # On a CPU the product that makes them is fastest for some hundred positions at a time,
 CPU_PRODUCT_ELEMENTS = 2**23
 # and the passes of the softmax where the cache holds what they read.
@@ -192,7 +192,7 @@ def token_log_probs(
         bias: Of the unembedding.
         softcap: Final soft cap c: c tanh(logits / c) before the temperature (Gemma).
         scale: Multiplies the logits before the soft cap (Cohere's ``logit_scale``, 1 / ``logits_scaling`` of Granite).
-        chunk: Positions whose logits exist at one time. None fits about 34 million logits.
+        chunk: Positions whose logits exist at one time. None fits 64 MiB of logits.
         with_entropy: Whether the same pass also gives the entropy and what comes with it.
         entropy_gradient: Whether gradients flow through the entropy.
 
@@ -203,7 +203,7 @@ def token_log_probs(
         raise ValueError(f"sampling.temperature: must be above 0 to score tokens, got {temperature}")
     b, s, d = hidden.shape
     if chunk is None:
-        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        chunk = max(1, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
     if chunk < 1:
         raise ValueError(f"chunk: must be at least 1 position, got {chunk}")
     if mask is None:
