@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from lit_posttrain.functional.products import add_widened_, pack, packed_product, packs
 
-# Bytes of logits that exist at one time. The products gain from many positions at once, and the fp32 sum of the weight's
-# gradient is touched once a chunk.
+# Bytes of logits that exist at one time. The products gain from many positions at once, and the fp32 sum of the
+# weight's gradient is touched once a chunk.
 CHUNK_BYTES = 2**26
 # On a CPU the product that makes them is fastest for some hundred positions at a time,
 CPU_PRODUCT_ELEMENTS = 2**23
