@@ -155,8 +155,10 @@ def test_a_learning_rate_of_zero_changes_nothing(tiny_model: Path, tmp_path: Pat
     untouched = weights(trained(tiny_model, tmp_path / "other", lr=0.0, steps=1))
     assert all(gap(untouched, each) == 0.0 for each in first)
     values = scalars(tmp_path / "run")
-    for tag in ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
+    for tag in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
         assert [v for _, v in values[f"train/{tag}"]] == [0.0] * 3
+    # The reference sees other micro-batches, for which some CPUs round products otherwise: k3 is that squared.
+    assert [v for _, v in values["train/kl"]] == pytest.approx([0.0] * 3, abs=1e-13)
     for tag in ("max", "mean", "min"):
         ratio = [v for _, v in values[f"train/sampling/importance_sampling_ratio/{tag}"]]
         assert ratio == pytest.approx([1.0] * 3, abs=1e-4)
