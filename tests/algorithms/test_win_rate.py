@@ -309,7 +309,8 @@ def test_two_processes_judge_as_one(tiny_model: Path, tmp_path: Path, training: 
     train_in_two(strategy, lambda over: judged(tmp_path / "two", strategy=over, devices=2))
     name = "version_0/comparisons/step-2.jsonl" if training else "version_0/evaluation/step-0.jsonl"
     assert lines(tmp_path / "two" / name) == lines(tmp_path / "one" / name)
-    assert curve(tmp_path / "two", "eval/win_rate") == curve(tmp_path / "one", "eval/win_rate")
+    for tag in ("win_rate", "win_rate_low", "win_rate_high"):
+        assert curve(tmp_path / "two", f"eval/{tag}") == curve(tmp_path / "one", f"eval/{tag}")
 
 
 def test_against_something_else() -> None:
