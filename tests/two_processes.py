@@ -5,6 +5,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def _child(rank: int, port: int, kind: str, train: Callable[[Any], None]) -> Non
         train(
             ShardedStrategy(process_group_backend="gloo", timeout_seconds=30.0)
             if kind == "fsdp2"
-            else DDPStrategy(process_group_backend="gloo")
+            else DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=30))
         )
     except BaseException:
         traceback.print_exc(file=sys.stderr)
