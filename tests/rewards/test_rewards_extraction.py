@@ -75,4 +75,4 @@ def test_time_is_linear(hostile, tail):
         extract_answer("\\boxed{1}" + hostile * repeats)
         return time.process_time() - start
 
-    assert seconds(200_000) < 2.0  # quadratic would take minutes
+    assert seconds(200_000) < 20.0  # a second at most; quadratic would take minutes
