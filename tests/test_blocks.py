@@ -85,6 +85,13 @@ def test_where_it_stays_out(tiny_model: Path, config: dict[str, Any]) -> None:
     assert not any("forward" in vars(m) for m in policy(tiny_model, **config).model.modules())
 
 
+@pytest.mark.parametrize(("device", "wanted", "done"), [("cpu", None, 1), ("cuda", None, 0), ("cuda", True, 1)])
+def test_on_a_cpu_unless_said(tiny_model: Path, device: str, wanted: bool | None, done: int) -> None:
+    one = Policy(PolicyConfig(model=str(tiny_model), compute_dtype="float32", recompute_elementwise=wanted))
+    one.build_view(torch.device(device), sharded=False)
+    assert any("forward" in vars(m) for m in one.model.modules()) == bool(done)
+
+
 def test_it_is_done_once(tiny_model: Path) -> None:
     one = policy(tiny_model)
     first = [vars(m)["forward"] for m in one.model.modules() if "forward" in vars(m)]
