@@ -49,8 +49,8 @@ class PolicyConfig:
         lora: Train low-rank adapters instead of all weights.
         gradient_checkpointing: Recompute each block's activations in backward: less memory, about a fifth slower.
         recompute_elementwise: Keep no activations that are cheap to compute again in backward (norms, what stands
-            between an MLP's products): the same numbers, a fifth less memory for activations, 4% slower on the CPU it
-            was measured on. Null does so on CPUs. Blocks that are recomputed as a whole, or compiled, go without.
+            between an MLP's products): the same numbers, less memory, a little slower. Null does so on CPUs. Blocks
+            that are recomputed as a whole, or compiled, go without.
         compile_layers: Compile each decoder layer for scoring and training (``torch.compile``): the first step then
             takes longer; whether later ones are faster depends on the machine. On a CPU it needs a C++ compiler.
         revision: Commit, branch or tag of a hub model.

@@ -150,15 +150,14 @@ def test_a_minibatch_of_nothing_but_invalid_samples(tiny_model: Path, tmp_path: 
 def test_a_learning_rate_of_zero_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
     first: list[Any] = []
     watch = Watch(lambda trainer, module: first.append(weights(module)))
-    options = {"objective": objective(kl=0.1), "num_epochs": 2, "num_minibatches": 2}
+    # One row a micro-batch: some CPUs round a product otherwise in other company, and the reference sees other rows.
+    options = {"objective": objective(kl=0.1), "num_epochs": 2, "num_minibatches": 2, "token_budget": 1}
     module = trained(tiny_model, tmp_path / "run", watch, lr=0.0, steps=3, **options)
     untouched = weights(trained(tiny_model, tmp_path / "other", lr=0.0, steps=1))
     assert all(gap(untouched, each) == 0.0 for each in first)
     values = scalars(tmp_path / "run")
-    for tag in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
+    for tag in ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
         assert [v for _, v in values[f"train/{tag}"]] == [0.0] * 3
-    # The reference sees other micro-batches, for which some CPUs round products otherwise: k3 is that squared.
-    assert [v for _, v in values["train/kl"]] == pytest.approx([0.0] * 3, abs=1e-13)
     for tag in ("max", "mean", "min"):
         ratio = [v for _, v in values[f"train/sampling/importance_sampling_ratio/{tag}"]]
         assert ratio == pytest.approx([1.0] * 3, abs=1e-4)
