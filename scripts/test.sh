@@ -21,6 +21,9 @@ if [ $# -eq 0 ]; then
 fi
 step "pytest"
 status=0
+if [ $# -eq 0 ]; then  # a file's tests stay together: they share what is costly to make
+    set -- -n "$(python -c 'import os; print(min(4, os.cpu_count() or 1))')" --dist loadfile
+fi
 python -m pytest -m "not slow and not gpu" --durations=10 "$@" || status=$?
 step "$([ $status -eq 0 ] && echo "all green" || echo "pytest failed with status $status") after ${SECONDS} s"
 exit $status

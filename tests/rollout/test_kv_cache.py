@@ -146,11 +146,13 @@ def test_attention_by_products_is_attention(heads: int, queries: int, scale: flo
 
 def test_products_replace_flash_where_they_were_measured_to_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     low, full = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
-    for found, expected in (
-        ({"avx512_bf16": True}, True),
-        ({"avx512_bf16": True, "amx_bf16": True}, False),
-        ({}, False),
+    for found, in_bf16, in_fp32 in (
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": True}, True, False),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": True, "amx_bf16": True}, False, False),
+        ({"avx2": True}, False, True),
+        ({}, False, False),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
-        assert kv_cache.products_are_faster(low) == expected
-        assert not kv_cache.products_are_faster(full)
+        assert kv_cache.products_are_faster(low) == in_bf16
+        assert kv_cache.products_are_faster(full) == in_fp32
+    assert not kv_cache.products_are_faster(low.to("meta"))
