@@ -21,10 +21,3 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all([mallopt(_M_MMAP_MAX, 0) == 1, mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT) == 1])
-
-
-def return_freed_memory() -> None:
-    """Give the kernel what is kept but free, between two phases that keep tensors of different sizes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.libc_ver()[0] == "glibc" else None
-    if trim is not None:
-        trim(0)
