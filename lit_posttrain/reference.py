@@ -53,11 +53,11 @@ class Reference:
         self.adapters: dict[str, Tensor] | None = None
         self.network: Policy | None = None
         self._saved: str | None = None
-        self._released = False
+        self._own: PolicyConfig | None = None  # of a network of its own
         if policy.config.lora is not None and None not in (config.model, config.refresh_every):
             raise ValueError("reference.refresh_every: with LoRA it needs reference.model: null (adapters are copied)")
         if policy.config.lora is None or config.model is not None:
-            own = replace(
+            own = self._own = replace(
                 policy.config, model=config.model or policy.config.model, lora=None, gradient_checkpointing=False
             )
             self.network = _frozen(own)
@@ -78,12 +78,25 @@ class Reference:
     @property
     def released(self) -> bool:
         """Whether nothing is left that could score."""
-        return self._released
+        return self._own is not None and self.network is None
 
     def release(self) -> None:
         """Free the network, whose log-probs are known by now; adapters that are switched off take no memory."""
-        if self.network is not None:
-            self.network, self._released = None, True
+        self.network = None
+
+    def recall(self, device: torch.device, mesh: DeviceMesh | None) -> None:
+        """Read a released network from its files again. A collective under sharding.
+
+        Raises:
+            ValueError: They are gone, or hold other weights by now.
+        """
+        if self._own is None or self.network is not None:
+            return
+        network = _frozen(self._own)
+        if _hash(network) != self.initial_hash:
+            raise ValueError(f"model.init_args.reference: {self._own.model} holds other weights than at the start")
+        self.network = network
+        self.place(device, mesh)
 
     def place(self, device: torch.device, mesh: DeviceMesh | None) -> None:
         """Put the network where the policy is, sharded like it. A collective under sharding."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lit_posttrain.reference import Reference
 from lit_posttrain.sharding import gather_objects, rank, world_size
-from lit_posttrain.types import Example, ExampleBatch
+from lit_posttrain.types import ExampleBatch
 
-_EXAMPLES_AT_ONCE = 64
+_AT_ONCE = 64
 
 
 class ReferenceCache:
-    """Sums of log-probs by row, one file a split.
+    """Sums of log-probs by row, one file a split (or other part of the data).
 
     A file's name is the hash of the reference's weights, the precision they compute in, and every token and mask, so
     that other weights or other data never find it; its checksum is verified when it is read.
@@ -38,54 +38,49 @@ class ReferenceCache:
 
     def fill(
         self,
-        split: str,
-        data: Any,
-        score: Callable[[ExampleBatch], Tensor],
+        part: str,
+        contents: Sequence[Any],
+        rows: int,
+        batch_of: Callable[[list[int]], ExampleBatch],
+        score: Callable[[ExampleBatch, Tensor], Tensor],
         phase: Callable[[str, int], None],
-        device: torch.device,
     ) -> None:
-        """Read a split's file, or compute and write it. Every rank enters.
+        """Read a part's file, or compute and write it. Every rank enters.
 
         Args:
-            split: ``train`` or ``val``.
-            data: The DataModule.
-            score: A batch's sums by row; a collective under sharding.
+            part: ``train``, ``val``, ...
+            contents: What each of its items is: every token and mask.
+            rows: How many numbers it has.
+            batch_of: Items as a batch, whose column ``row`` says which number each row is; a negative one is none.
+            score: The sums of a batch, one a row, right at the rows that are named; a collective under sharding.
             phase: Told that work begins.
-            device: Not read on a CPU.
         """
-        examples: list[Example] = data.examples(split)
-        file = self.folder / f"{split}-{self._key(examples)}.safetensors"
-        rows = sum(len(e.completions) for e in examples)
+        file = self.folder / f"{part}-{self._key(contents)}.safetensors"
         found = _read(file, rows) if rank() == 0 else None
         values = gather_objects(found)[0]
         if values is None:
-            phase("reference log-probs", -(-len(examples) // (_EXAMPLES_AT_ONCE * world_size())))
-            values = self._compute(split, data, len(examples), rows, score)
+            phase("reference log-probs", -(-len(contents) // (_AT_ONCE * world_size())))
+            values = torch.zeros(rows)
+            step = _AT_ONCE * world_size()
+            for start in range(0, len(contents), step):
+                first = start + rank() * _AT_ONCE
+                batch = batch_of(list(range(first, min(first + _AT_ONCE, len(contents)))))
+                numbers = batch.columns["row"]
+                mine = (numbers >= 0).nonzero()[:, 0]
+                for theirs, sums in gather_objects((numbers[mine], score(batch, mine)[mine])):
+                    values[theirs] = sums
             if rank() == 0:
                 _write(file, values)
-        self.values[split] = values
+        self.values[part] = values
 
-    def read(self, split: str, rows: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """The sums of these rows of a split."""
-        return self.values[split][rows]
+    def read(self, part: str, rows: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The sums of these rows of a part."""
+        return self.values[part][rows]
 
-    def _compute(
-        self, split: str, data: Any, examples: int, rows: int, score: Callable[[ExampleBatch], Tensor]
-    ) -> Float[Tensor, " n"]:
-        values = torch.zeros(rows)
-        step = _EXAMPLES_AT_ONCE * world_size()
-        for start in range(0, examples, step):
-            first = start + rank() * _EXAMPLES_AT_ONCE
-            mine = list(range(first, min(first + _EXAMPLES_AT_ONCE, examples)))
-            batch = data.collate(split, mine, list(range(len(mine))))
-            for theirs, sums in gather_objects((batch.columns["row"], score(batch))):
-                values[theirs] = sums
-        return values
-
-    def _key(self, examples: list[Example]) -> str:
+    def _key(self, contents: Sequence[Any]) -> str:
         digest = hashlib.sha256(self.depends_on.encode())
-        for e in examples:
-            digest.update(repr((e.prompt, e.completions, e.masks)).encode())
+        for item in contents:
+            digest.update(repr(item).encode())
         return digest.hexdigest()[:32]
 
 

@@ -1,5 +1,6 @@
 """Log-probs of the reference on disk: found for the same weights and data only, and never believed when damaged."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,11 @@ import torch
 from offline_runs import data, fit, module, pair, write
 from safetensors.torch import load_file, save_file
 from tiny import write_tiny_model
+from tiny_runs import Recorder, scalars, trainer
 
 from lit_posttrain.policy import Policy, PolicyConfig
 from lit_posttrain.reference import Reference, ReferenceConfig
 from lit_posttrain.reference_cache import ReferenceCache
-
-CPU = torch.device("cpu")
 
 
 class Filled:
@@ -26,13 +26,22 @@ class Filled:
         self.scored = 0
         self.phases: list[tuple[str, int]] = []
 
-        def score(batch: Any) -> torch.Tensor:
+        def score(batch: Any, rows: torch.Tensor) -> torch.Tensor:
             self.scored += 1
             # Stands for log-probs: differs from row to row, and the batch's width plays no part.
-            return -batch.columns["row"].float() - batch.mask.sum(-1) / 64
+            sums = -batch.columns["row"].float() - batch.mask.sum(-1) / 64
+            return torch.full_like(sums, torch.nan).index_copy(0, rows, sums[rows])
 
-        self.cache.fill("train", examples, score, lambda name, total: self.phases.append((name, total)), CPU)
+        fill(self.cache, "train", examples, score, lambda name, total: self.phases.append((name, total)))
         self.values = self.cache.values["train"]
+
+
+def fill(cache: ReferenceCache, split: Any, found: Any, score: Any, phase: Any) -> None:
+    """As the preference losses do."""
+    examples = found.examples(split)
+    contents = [(e.prompt, e.completions, e.masks) for e in examples]
+    rows = sum(len(e.completions) for e in examples)
+    cache.fill(split, contents, rows, lambda items: found.collate(split, items, items), score, phase)
 
 
 @pytest.fixture
@@ -66,7 +75,7 @@ def test_each_split_reads_its_own(tiny_model: Path, tmp_path: Path) -> None:
     policy = Policy(PolicyConfig(model=str(tiny_model), compute_dtype="float32"))
     cache = ReferenceCache(str(tmp_path / "c"), Reference(policy, ReferenceConfig()), "float32")
     for split, first in (("train", 0), ("val", 1000)):
-        cache.fill(split, found, lambda batch, n=first: batch.columns["row"].float() + n, lambda *_: None, CPU)
+        fill(cache, split, found, lambda batch, _, n=first: batch.columns["row"].float() + n, lambda *_: None)
     assert cache.read("train", torch.tensor([3, 0])).tolist() == [3, 0]
     assert cache.read("val", torch.tensor([3, 0])).tolist() == [1003, 1000]
 
@@ -144,3 +153,101 @@ def test_held_out_examples_have_a_file_of_their_own(tiny_model: Path, tmp_path: 
     assert sorted(f.name.split("-")[0] for f in (tmp_path / "c").glob("*")) == ["train", "val"]
     assert len(run.cache.values["val"]) == 2 * found.size("val")
     assert run.cache.values["val"].lt(0).all()
+
+
+def kto(model: Path, folder: Path, steps: int, cache: Path | None, **overrides: Any) -> tuple[Any, list[float], Any]:
+    """A run over labelled completions; its losses; its data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = module("kto", model, lr=1.0, beta=0.5, reference_cache=None if cache is None else str(cache))
+    recorder = Recorder(run)
+    found = data("kto", model, folder, val_size=5, held_out_percent=40, val_batch_size=2)
+    fit(
+        run, found, folder, limit_val_batches=1.0, val_check_interval=max(1, steps), check_val_every_n_epoch=None,
+        max_steps=steps, **overrides,
+    )  # fmt: skip
+    return run, [r.metrics["loss"] for r in recorder.results], found
+
+
+def curves(folder: Path) -> dict[str, list[float]]:
+    return {tag: [v for _, v in points] for tag, points in scalars(folder).items() if tag.startswith("eval/")}
+
+
+def test_mismatched_completions_are_cached_too(tiny_model: Path, tmp_path: Path) -> None:
+    """Two epochs and an evaluation whose last batch is one example, with a cache and without."""
+    cache = tmp_path / "cache"
+    _, computed, _ = kto(tiny_model, tmp_path / "computed", 5, None)
+    run, read, found = kto(tiny_model, tmp_path / "read", 5, cache)
+    assert found.iterations_per_epoch < 5
+    assert found.size("val") == 5
+    assert read == pytest.approx(computed, rel=1e-6)
+    assert len(set(computed)) == 5
+    expected, got = curves(tmp_path / "computed"), curves(tmp_path / "read")
+    assert got.keys() == expected.keys()
+    for tag, values in expected.items():
+        assert got[tag] == pytest.approx(values, rel=1e-5, abs=1e-6), tag
+    assert run.reference.released
+    parts = ["train", *(f"train-mismatched-{e}" for e in range(-(-5 // found.iterations_per_epoch)))]
+    assert sorted(f.name.rsplit("-", 1)[0] for f in cache.glob("*")) == [*parts, "val", "val-mismatched"]
+    run.reference.recall(torch.device("cpu"), None)
+    batches = [("train", found.batch(i)) for i in range(5)] + [
+        ("val", found.evaluation_batch("val", i)) for i in (0, 2)
+    ]
+    for split, batch in batches:
+        assert (batch.columns["row"] < 0).sum() == len(batch.columns["row"]) / 2
+        torch.testing.assert_close(run.cached(run.cache, batch, split), run._sums_of(batch), rtol=1e-5, atol=1e-4)
+
+
+def test_a_longer_run_computes_what_is_new_alone(tiny_model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    _, _, found = kto(tiny_model, tmp_path / "a", 2, cache)
+    epoch = found.iterations_per_epoch
+    kto(tiny_model, tmp_path / "b", epoch, cache)
+    before = {f.name for f in cache.glob("*")}
+    kto(tiny_model, tmp_path / "c", 2 * epoch, cache)
+    new = {f.name.rsplit("-", 1)[0] for f in cache.glob("*") if f.name not in before}
+    assert new == {"train-mismatched-1"}
+
+
+def test_without_an_end_there_is_no_cache_of_it(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model.init_args.reference_cache: .*set trainer.max_steps or trainer.max"):
+        kto(tiny_model, tmp_path / "a", -1, tmp_path / "cache", max_epochs=-1)
+    assert not list((tmp_path / "cache").glob("*-mismatched-*"))
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_a_cached_run_estimates_kl_on_samples(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    estimated = []
+    for cache in (None, str(tmp_path / "cache")):
+        folder = tmp_path / str(cache is None)
+        folder.mkdir()
+        run = module(kind, tiny_model, lr=3.0, reference_cache=cache)
+        found = data(kind, tiny_model, folder, val_size=4, held_out_percent=40)
+        fit(run, found, folder, max_steps=3, limit_val_batches=1.0, val_check_interval=1)
+        estimated.append(curves(folder)["eval/objective/kl"])
+        assert run.reference.released == (cache is not None)
+    assert len(estimated[0]) == 3
+    assert abs(estimated[0][-1]) > 1e-3
+    assert estimated[1] == pytest.approx(estimated[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_training_outlives_the_references_files(
+    damage: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    run = module("dpo", tmp_path / "model", lr=1.0, reference_cache=str(tmp_path / "cache"))
+    found = data("dpo", tiny_model, tmp_path, val_size=4, held_out_percent=40)
+    filled = run.fill
+
+    def then_damaged(*arguments: Any) -> None:
+        filled(*arguments)
+        shutil.rmtree(tmp_path / "model")
+        if damage == "changed":
+            write_tiny_model(tmp_path / "model", seed=5)
+
+    monkeypatch.setattr(run, "fill", then_damaged)
+    with pytest.warns(UserWarning, match=r"no objective/kl: model.init_args"):
+        trainer(tmp_path, max_steps=2, limit_val_batches=1.0, val_check_interval=2).fit(run, found)
+    assert run.trainer.global_step == 2
+    assert "eval/objective/kl" not in curves(tmp_path)
+    assert len(curves(tmp_path)["eval/loss"]) == 1

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from offline_runs import data, fit, module
 from tiny_runs import curve, scalars
 from torch import nn
@@ -148,6 +149,24 @@ def test_without_an_end_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> Non
     run = module("sft", tiny_model, scheduler=linear)
     with pytest.raises(ValueError, match=r"scheduler.init_args.total_steps: set it, or trainer.max_epochs"):
         fit(run, data("sft", tiny_model, tmp_path), tmp_path, max_steps=-1, max_epochs=-1)
+
+
+class Enough(Callback):
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [({"decay": "linear", "total_steps": 4}, (1.0, 0.75, 0.5)), ({"decay": "constant"}, (1.0, 1.0, 1.0))],
+)
+def test_an_endless_run_whose_schedule_knows_enough(
+    shape: dict[str, Any], expected: tuple[float, ...], tiny_model: Path, tmp_path: Path
+) -> None:
+    run = module("sft", tiny_model, lr=PEAK, scheduler=lambda o: Schedule(o, **shape))
+    fit(run, data("sft", tiny_model, tmp_path), tmp_path, Enough(), max_steps=-1, max_epochs=-1)
+    rates_seen = [rate for _, rate in scalars(tmp_path)["train/learning_rate"]]
+    assert rates_seen == pytest.approx([PEAK * share for share in expected])
 
 
 # --- dropout --------------------------------------------------------------------------------------------------------

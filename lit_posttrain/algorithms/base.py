@@ -110,7 +110,14 @@ class PostTrainModule(Reporting, ABC):
         prime(optimizer)
         schedule = self.make_scheduler(optimizer)
         if isinstance(schedule, Schedule) and self.trainer.state.fn == "fit":
-            schedule.run_for(self._run_length())
+            steps = schedule.total_steps or self.run_length()
+            if steps is None and schedule.decay != "constant":
+                raise ValueError(
+                    "model.init_args.scheduler.init_args.total_steps: set it, or trainer.max_epochs or "
+                    "trainer.max_steps, so that the schedule knows where it ends"
+                )
+            if steps is not None:
+                schedule.run_for(steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def parameter_groups(self) -> list[Any]:
@@ -121,18 +128,13 @@ class PostTrainModule(Reporting, ABC):
         """Re-make every compute view; called after every change of parameters."""
         self.built_policy().sync()
 
-    def _run_length(self) -> int:
-        """Iterations of the whole run, of ``max_steps`` or else of the data and ``max_epochs``."""
+    def run_length(self) -> int | None:
+        """Iterations of the whole run, of ``max_steps`` or else of the data and ``max_epochs``; None without an end."""
         # Not Lightning's estimated_stepping_batches: once it is read here, a resume loses the loader's state.
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
         data, epochs = getattr(self.trainer, "datamodule", None), self.trainer.max_epochs
-        if data is None or epochs is None or epochs < 1:
-            raise ValueError(
-                "model.init_args.scheduler.init_args.total_steps: set it, or trainer.max_epochs or trainer.max_steps, "
-                "so that the schedule knows where it ends"
-            )
-        return epochs * data.iterations_per_epoch
+        return None if data is None or epochs is None or epochs < 1 else epochs * data.iterations_per_epoch
 
     def built_policy(self) -> Policy:
         """The policy, its compute view made on the device it is on by now."""

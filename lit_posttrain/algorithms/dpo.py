@@ -39,7 +39,8 @@ class DPO(PreferenceModule):
         options: Constants of the losses, beta among them.
         reference: What the policy is held close to; by default the policy as it was at the start.
         reference_cache: Folder in which the reference's log-probs are kept, under a hash of its weights and the data:
-            computed once before the first step, after which no reference is in memory. Null computes them every step.
+            computed once before the first step. After that the reference is in memory only while an evaluation
+            estimates KL on samples. Null computes them every step.
         generations: Answers that each evaluation samples: shown as text, and KL to the reference is estimated on them.
         engine: Generates them; the native engine by default.
         optimizer: Gets the trainable parameters.

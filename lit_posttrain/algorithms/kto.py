@@ -1,5 +1,6 @@
 """Kahneman-Tversky optimisation on single completions that are labelled good or bad."""
 
+from collections.abc import Iterator
 from typing import Any, final
 
 import torch
@@ -12,6 +13,7 @@ from lit_posttrain.functional.masked import Totals
 from lit_posttrain.functional.preference_losses import kto_loss
 from lit_posttrain.policy import PolicyConfig
 from lit_posttrain.reference import ReferenceConfig
+from lit_posttrain.reference_cache import ReferenceCache
 from lit_posttrain.rollout.engine import RolloutEngine
 from lit_posttrain.sharding import all_reduce_sum
 from lit_posttrain.types import ExampleBatch, Loss, MicroBatch
@@ -30,6 +32,10 @@ class KTO(PreferenceModule):
         desirable_weight: lambda_D.
         undesirable_weight: lambda_U.
         reference: What the policy is held close to; by default the policy as it was at the start.
+        reference_cache: Folder in which the reference's log-probs are kept, those of the mismatched completions of
+            every step included, under a hash of its weights and the data: computed once before the first step. After
+            that the reference is in memory only while an evaluation estimates KL on samples. Null computes them every
+            step.
         generations: Answers that each evaluation samples: shown as text, and KL to the reference is estimated on them.
         engine: Generates them; the native engine by default.
         optimizer: Gets the trainable parameters.
@@ -45,6 +51,7 @@ class KTO(PreferenceModule):
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
         reference: ReferenceConfig = ReferenceConfig(),  # noqa: B008 (frozen)
+        reference_cache: str | None = None,
         generations: GenerationConfig = GenerationConfig(),  # noqa: B008 (frozen)
         engine: RolloutEngine | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
@@ -58,8 +65,9 @@ class KTO(PreferenceModule):
         if undesirable_weight < 0:
             raise ValueError(f"model.init_args.undesirable_weight: must not be negative, is {undesirable_weight}")
         super().__init__(
-            policy, reference, None, generations, engine, optimizer, scheduler, max_grad_norm, token_budget
+            policy, reference, reference_cache, generations, engine, optimizer, scheduler, max_grad_norm, token_budget
         )
+        self._exchanged: dict[tuple[str, int, int], float] = {}
         self.beta = beta
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
@@ -71,6 +79,37 @@ class KTO(PreferenceModule):
     def rows(self, batch: ExampleBatch) -> Tensor:
         """Mismatched completions only make z."""
         return (batch.columns["role"] == 0).nonzero()[:, 0]
+
+    def fill(self, cache: ReferenceCache, data: Any) -> None:
+        """Also every prompt with a completion of another that the steps and evaluations to come will hold."""
+        super().fill(cache, data)
+        steps = self.run_length() if self.trainer.state.fn == "fit" else 0
+        if steps is None:
+            raise ValueError(
+                "model.init_args.reference_cache: which completions change places is known only for so many steps; "
+                "set trainer.max_steps or trainer.max_epochs, or unset it"
+            )
+        for part, split, batches in _parts(data, steps):
+            exchanged = [(whole, data.exchanged(split, whole)) for whole in batches]
+            pairs = sorted({pair for each in exchanged for pair in zip(*each, strict=True)})
+            lines = (data.mismatched_line(split, *pair) for pair in pairs)
+            contents = [(line.prompt, line.completion, line.mask) for line in lines]
+
+            def batch_of(items: list[int], split: Any = split, pairs: Any = pairs) -> ExampleBatch:
+                return data.mismatched(split, [pairs[i] for i in items], items[0] if items else 0)
+
+            cache.fill(part, contents, len(pairs), batch_of, self._sums_of, self.phase)
+            values = cache.read(part, torch.arange(len(pairs))).tolist()
+            self._exchanged |= {(split, *pair): value for pair, value in zip(pairs, values, strict=True)}
+
+    def cached(self, cache: ReferenceCache, batch: ExampleBatch, split: Any) -> Tensor:
+        """A mismatched row follows the one whose prompt it has."""
+        rows = batch.columns["row"]
+        values = cache.read(split, rows.clamp(min=0))
+        other = rows < 0
+        pairs = zip(rows.roll(1)[other].tolist(), (-1 - rows[other]).tolist(), strict=True)
+        values[other] = torch.tensor([self._exchanged[split, *pair] for pair in pairs], dtype=values.dtype)
+        return values
 
     @torch.no_grad()
     def columns(self, batch: ExampleBatch, split: Any) -> dict[str, Tensor]:
@@ -121,3 +160,12 @@ class KTO(PreferenceModule):
             **super().evaluated(values),
             "rewards/margins": values.get("rewards/chosen", 0.0) - values.get("rewards/rejected", 0.0),
         }
+
+
+def _parts(data: Any, steps: int) -> Iterator[tuple[str, Any, list[list[int]]]]:
+    """The run's batches by epoch, so that a longer run computes further epochs alone; and the evaluation's."""
+    for epoch, first in enumerate(range(0, steps, max(1, data.iterations_per_epoch))):
+        last = min(first + data.iterations_per_epoch, steps)
+        yield f"train-mismatched-{epoch}", "train", [data.whole(i) for i in range(first, last)]
+    if count := data.evaluation_batches("val"):
+        yield "val-mismatched", "val", [data.whole_of_evaluation("val", i) for i in range(count)]

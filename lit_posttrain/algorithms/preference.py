@@ -1,5 +1,6 @@
 """What losses over completions' log-probs share: the reference, its cache, and KL on samples."""
 
+import warnings
 from abc import ABC
 from typing import Any
 
@@ -21,7 +22,7 @@ from lit_posttrain.reference_cache import ReferenceCache
 from lit_posttrain.rollout.engine import RolloutEngine
 from lit_posttrain.rollout.native import NativeEngine
 from lit_posttrain.sharding import all_reduce_sum, same_number
-from lit_posttrain.types import ExampleBatch, MicroBatch
+from lit_posttrain.types import ExampleBatch, MicroBatch, Sequences
 
 COLUMN = "ref_log_probs"
 
@@ -108,25 +109,39 @@ class PreferenceModule(OfflineModule, ABC):
             return
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self.cache = ReferenceCache(self.cache_folder, self.reference, str(self.built_policy().compute_dtype))
-        for split in ("train", "val"):
-            if data.size(split):
-                self.cache.fill(split, data, self._sums_of, self.phase, self.device)
+        self.fill(self.cache, data)
         self.reference.release()
+
+    def fill(self, cache: ReferenceCache, data: Any) -> None:
+        """Have the cache hold every row of the data. Collective."""
+        for split in ("train", "val"):
+            if examples := data.examples(split):
+                contents = [(e.prompt, e.completions, e.masks) for e in examples]
+                rows = sum(len(e.completions) for e in examples)
+
+                def batch_of(items: list[int], split: Any = split) -> ExampleBatch:
+                    return data.collate(split, items, list(range(len(items))))
+
+                cache.fill(split, contents, rows, batch_of, self._sums_of, self.phase)
+
+    def cached(self, cache: ReferenceCache, batch: ExampleBatch, split: Any) -> Tensor:
+        """Each row's sum, from the cache."""
+        return cache.read(split, batch.columns["row"])
 
     def reference_columns(self, batch: ExampleBatch, split: Any) -> dict[str, Tensor]:
         """Each row's sum of reference log-probs: from the data, the cache, or computed now."""
         if self.reference_config is None or COLUMN in batch.columns:
             return {}
         if self.cache is not None:
-            return {COLUMN: self.cache.read(split, batch.columns["row"])}
+            return {COLUMN: self.cached(self.cache, batch, split)}
         with self.timed_phase("reference", 0):
             return {COLUMN: self._sums_of(batch)}
 
     @torch.no_grad()
-    def _sums_of(self, batch: ExampleBatch) -> Tensor:
+    def _sums_of(self, batch: ExampleBatch, rows: Tensor | None = None) -> Tensor:
         assert self.reference is not None
         sums = torch.zeros(len(batch.sequences.ids))
-        for micro_batch in self.each(batch):
+        for micro_batch in self.each(batch, rows):
             scored = self.reference.log_probs(micro_batch.sequences, micro_batch.mask, 1.0)
             sums[micro_batch.rows] = scored.sum(-1).cpu()
         return sums
@@ -146,9 +161,23 @@ class PreferenceModule(OfflineModule, ABC):
         shown = self.generations.shown
         text = as_text(self.tokenizer, examples[:shown], completions[:shown])
         self.log_text("eval/generations", text, self.step_of_weights())
-        if self.reference is None or self.reference.released:
+        if self.reference is None or not self._recall(self.reference):
             return {}
-        sequences, mask = as_sequences(examples, completions)
+        kl = self._kl_on(self.reference, *as_sequences(examples, completions))
+        if self.cache is not None:
+            self.reference.release()
+        return {"objective/kl": kl}
+
+    def _recall(self, reference: Reference) -> bool:
+        try:
+            reference.recall(self.device, self.device_mesh)
+        except ValueError as error:  # training goes on from its cache
+            warnings.warn(f"this evaluation has no objective/kl: {error}", stacklevel=2)
+            return False
+        return True
+
+    def _kl_on(self, reference: Reference, sequences: Sequences, mask: Tensor) -> float:
+        """Mean of log pi / pi_ref over the sampled answers; every rank holds all of them."""
         total = 0.0
         packed = self.built_policy().packs(sequences.ids.shape[1])
         batches = split_rows(sequences, mask, {}, self.token_budget, packed=packed)
@@ -157,10 +186,9 @@ class PreferenceModule(OfflineModule, ABC):
             arguments = moved.sequences, moved.mask, self.generations.temperature or 1.0
             with torch.no_grad(), self.built_policy().decoding():
                 own = self.built_policy()(*arguments).log_probs
-            total += float((own - self.reference.log_probs(*arguments)).sum())
-        # Every rank sampled the same answers.
-        summed, count = all_reduce_sum([total, len(examples)], self.device)
-        return {"objective/kl": summed / max(count, 1.0)}
+            total += float((own - reference.log_probs(*arguments)).sum())
+        summed, count = all_reduce_sum([total, len(sequences.ids)], self.device)
+        return summed / max(count, 1.0)
 
     def teardown(self, stage: str) -> None:
         """End what the engine started."""

@@ -67,12 +67,15 @@ class PostTrainDataModule(LightningDataModule, ABC):
 
     def batch(self, iteration: int) -> Any:
         """This rank's share of the batch of ``iteration``, counted from 0 over the whole run."""
-        epoch, number = divmod(iteration, self.iterations_per_epoch)
         rank, world = self._ranks()
         share = self.batch_size // world
-        whole = self._permutation(epoch)[number * self.batch_size : (number + 1) * self.batch_size]
         positions = list(range(rank * share, (rank + 1) * share))
-        return self.share("train", whole, positions)
+        return self.share("train", self.whole(iteration), positions)
+
+    def whole(self, iteration: int) -> list[int]:
+        """Which examples the batch of ``iteration`` holds over all ranks."""
+        epoch, number = divmod(iteration, self.iterations_per_epoch)
+        return self._permutation(epoch)[number * self.batch_size : (number + 1) * self.batch_size]
 
     def evaluation_batches(self, split: Split) -> int:
         """Evaluation batches of a split, the last of them perhaps partial; the same number on every rank."""
@@ -84,11 +87,15 @@ class PostTrainDataModule(LightningDataModule, ABC):
         Shares of a batch that the ranks do not divide differ by one example; of a last batch smaller than the number
         of ranks some are empty. All ranks still see every batch, so collectives inside an evaluation step match.
         """
-        start = number * self.val_batch_size
-        count = min(self.val_batch_size, self.size(split) - start)
+        whole = self.whole_of_evaluation(split, number)
         rank, world = self._ranks()
-        positions = list(range(count * rank // world, count * (rank + 1) // world))
-        return self.share(split, list(range(start, start + count)), positions)
+        positions = list(range(len(whole) * rank // world, len(whole) * (rank + 1) // world))
+        return self.share(split, whole, positions)
+
+    def whole_of_evaluation(self, split: Split, number: int) -> list[int]:
+        """Which examples evaluation batch ``number`` holds over all ranks."""
+        start = number * self.val_batch_size
+        return list(range(start, min(start + self.val_batch_size, self.size(split))))
 
     def share(self, split: Split, whole: list[int], positions: list[int]) -> Any:
         """A rank's share of a batch, for those who have to see the rest of it; by default only :meth:`collate`.

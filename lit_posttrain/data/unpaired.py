@@ -1,6 +1,6 @@
 """Completions that are labelled good or bad, each beside one that belongs to another prompt."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lit_posttrain.data import batches
@@ -20,8 +20,9 @@ class UnpairedPreferences(ExampleData):
 
     Rows hold ``prompt``, ``completion`` and ``label``; of ``chosen`` and ``rejected`` each becomes an example. Every
     example has two rows in a batch: its own (column ``role`` 0), and its prompt with another completion (``role`` 1,
-    ``row`` -1), that of the example before it in the whole step's batch over all ranks, or the nearest before that with
-    another prompt; the first follows on the last. Such a completion is cut where it would be too long.
+    ``row`` -1 - n for the completion whose ``row`` is n), that of the example before it in the whole step's batch over
+    all ranks, or the nearest before that with another prompt; the first follows on the last. Such a completion is cut
+    where it would be too long.
 
     Args:
         batch_size: Completions per optimizer step over all ranks, at least 2.
@@ -71,24 +72,35 @@ class UnpairedPreferences(ExampleData):
 
     def share(self, split: Split, whole: list[int], positions: list[int]) -> ExampleBatch:
         """A rank's examples, each followed by its prompt with the completion of another example of the batch."""
+        others = self.exchanged(split, whole)
         rows = []
         for group, position in enumerate(positions):
-            (own,) = self.lines(split, whole[position], group)
-            other = self._before(split, whole, position)
-            room = None if self._longest is None else max(1, self._longest - len(own.prompt))
-            columns = {**own.columns, "role": 1.0}
-            rows += [
-                own,
-                own._replace(completion=other.completion[:room], mask=other.mask[:room], columns=columns, row=-1),
-            ]
+            rows += self.lines(split, whole[position], group)
+            rows.append(self.mismatched_line(split, whole[position], others[position], group))
         return batches.as_batch(rows, self._per_token)
 
-    def _before(self, split: Split, whole: list[int], position: int) -> batches.Line:
-        """The nearest example before this one with another prompt, around the batch."""
+    def exchanged(self, split: Split, whole: list[int]) -> list[int]:
+        """Of each example of a batch the nearest before it with another prompt, around the batch."""
         examples = self._examples[split]
-        own = whole[position]
-        if len(whole) == 1:  # the last evaluation batch
-            whole, position = list(range(own + 1)), own
-        order = [whole[(position - k) % len(whole)] for k in range(1, len(whole) + 1)]
-        other = next((i for i in order if examples[i].prompt != examples[own].prompt), order[0])
-        return self.lines(split, other, 0)[0]
+        # An evaluation batch of one looks further back.
+        order, first = (list(range(whole[0] + 1)), whole[0]) if len(whole) == 1 else (whole, 0)
+        found = []
+        for position, own in enumerate(whole, first):
+            before = [order[(position - k) % len(order)] for k in range(1, len(order) + 1)]
+            found.append(next((i for i in before if examples[i].prompt != examples[own].prompt), before[0]))
+        return found
+
+    def mismatched(self, split: Split, pairs: Sequence[tuple[int, int]], first: int) -> ExampleBatch:
+        """Prompts of examples with completions of others, their rows numbered from ``first``."""
+        lines = [self.mismatched_line(split, own, other, i) for i, (own, other) in enumerate(pairs)]
+        rows = [line._replace(row=first + i) for i, line in enumerate(lines)]
+        return batches.as_batch(rows, self._per_token)
+
+    def mismatched_line(self, split: Split, own: int, other: int, group: int = 0) -> batches.Line:
+        """An example's prompt with another's completion, cut where it would be too long."""
+        (line,), (theirs,) = self.lines(split, own, group), self.lines(split, other, group)
+        room = None if self._longest is None else max(1, self._longest - len(line.prompt))
+        columns = {**line.columns, "role": 1.0}
+        return line._replace(
+            completion=theirs.completion[:room], mask=theirs.mask[:room], columns=columns, row=-1 - theirs.row
+        )

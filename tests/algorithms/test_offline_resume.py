@@ -17,13 +17,13 @@ from lit_posttrain.data import Source
 from lit_posttrain.schedules import Schedule
 
 STEPS = 6  # 16 examples in batches of 4: into the second epoch
-KINDS = ("sft", "rm", "dpo", "kto", "cached", "streamed")
+KINDS = ("sft", "rm", "dpo", "kto", "cached dpo", "cached kto", "streamed")
 LOGGED = ("loss", "grad_norm", "learning_rate", "num_tokens", "epoch")
 
 
 def build(kind: str, model: Path, folder: Path, tick: Tick, **overrides: Any) -> Any:
-    if kind == "cached":
-        kind, overrides = "dpo", {"reference_cache": str(folder / "cache"), **overrides}
+    if kind.startswith("cached "):
+        kind, overrides = kind.split()[1], {"reference_cache": str(folder / "cache"), **overrides}
     if kind in ("sft", "streamed"):
         kind, overrides = "sft", {"dropout": 0.2, **overrides}
     run = module(
@@ -38,7 +38,7 @@ def build(kind: str, model: Path, folder: Path, tick: Tick, **overrides: Any) ->
 
 def examples(kind: str, model: Path, folder: Path) -> Any:
     if kind != "streamed":
-        return data("dpo" if kind == "cached" else kind, model, folder)
+        return data(kind.split()[-1], model, folder)
     # 24 examples of sources of 9 and 4: into further laps of both.
     files = [str(write(folder / name, demonstration, n)) for name, n in (("a.jsonl", 9), ("b.jsonl", 4))]
     mixed = [Source(path=file, weight=weight) for file, weight in zip(files, (2.0, 1.0), strict=True)]
@@ -83,9 +83,10 @@ def test_the_undisturbed_runs(undisturbed: dict[str, Any]) -> None:
     assert counts[0][-1] > 9
     assert counts[1][-1] > 4
     # Where the reference's log-probs come from plays no part; their last bit depends on what was scored together.
-    (computed, *_), (read, *_) = undisturbed["dpo"], undisturbed["cached"]
-    for step, values in computed.items():
-        assert [float.fromhex(v) for v in read[step]] == pytest.approx([float.fromhex(v) for v in values], rel=1e-5)
+    for name in ("dpo", "kto"):
+        (computed, *_), (read, *_) = undisturbed[name], undisturbed[f"cached {name}"]
+        for step, values in computed.items():
+            assert [float.fromhex(v) for v in read[step]] == pytest.approx([float.fromhex(v) for v in values], rel=1e-5)
 
 
 @pytest.mark.trap(43)

@@ -20,7 +20,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
     "rm": ("rm", {}),
     "dpo": ("dpo", {}),
-    "cached": ("dpo", {"reference_cache": "cache"}),
+    "cached dpo": ("dpo", {"reference_cache": "cache"}),
+    "cached kto": ("kto", {"beta": 0.5, "reference_cache": "cache"}),
     "aot": ("dpo", {"loss_type": ["aot", "aot_unpaired"], "options": PairLossOptions(beta=0.5)}),
     "kto": ("kto", {"beta": 0.5}),
     "prm": ("prm", {}),
@@ -35,7 +36,7 @@ def train(name: str, model: Path, out: Path, strategy: Any, devices: int) -> Non
     run = module(kind, model, lr=0.3, token_budget=20 if name == "rm" else 60, max_grad_norm=None, **overrides)
     recorder = Recorder(run)
     zs: list[float] = []
-    if name == "kto":
+    if kind == "kto":
         columns = run.columns
 
         def watched(batch: Any, split: Any) -> Any:
@@ -95,7 +96,7 @@ def test_two_processes_train_as_one(name: str, kind: str, tiny_model: Path, tmp_
         for n, weight in single["weights"].items():
             torch.testing.assert_close(rank["weights"][n], weight, rtol=1e-5, atol=1e-5)
     assert sum(r["counts"][0] for r in ranks) >= single["counts"][0]
-    if name == "kto":
+    if RUNS[name][0] == "kto":
         assert ranks[0]["z"] == ranks[1]["z"] == pytest.approx(single["z"], rel=1e-4, abs=1e-6)
         assert max(single["z"]) > 0
     if name == "rm":

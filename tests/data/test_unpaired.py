@@ -62,7 +62,7 @@ def test_mismatched_completions_are_the_example_before(make: Any, jsonl: Jsonl) 
         ("p4c2", 1, 1),
     ]
     assert batch.columns["group"].tolist() == [0, 0, 1, 1, 2, 2]
-    assert batch.columns["row"].tolist() == [5, -1, 2, -1, 4, -1]
+    assert batch.columns["row"].tolist() == [5, -5, 2, -6, 4, -3]  # -1 - n is the completion of row n
     assert batch.mask.sum(-1).tolist() == [3] * 6
     assert batch.sequences.prompt_lengths.tolist() == [3] * 6
 
