@@ -58,6 +58,29 @@ def calibration_error(confidence: Float[Tensor, " n"], correct: Bool[Tensor, " n
     return float(sum(gaps)) / max(1, len(confidence))
 
 
+def share_interval(successes: Float[Tensor, " n"], trials: Float[Tensor, " n"]) -> tuple[float, float]:
+    """95% interval of sum(successes) / sum(trials), where the trials of one prompt hang together.
+
+    Wilson's (1927), the number of trials scaled by p (1 - p) / variance, the variance that of the ratio over prompts
+    (linearised; Cochran, Sampling Techniques, 1977, section 6.4). NaN without trials.
+
+    Args:
+        successes: Of each prompt, in double precision; a tie may count half.
+        trials: Of each prompt.
+    """
+    count = float(trials.sum())
+    if not count:
+        return float("nan"), float("nan")
+    p = float(successes.sum()) / count
+    spread, variance = p * (1 - p), float((successes - p * trials).square().sum()) / count**2
+    # At least the plain interval where all outcomes are alike: nothing is then known of their variance.
+    size = spread / variance if variance > 0 else count
+    z2 = 1.959964**2
+    centre = (p + z2 / (2 * size)) / (1 + z2 / size)
+    half = (z2 * (spread / size + z2 / (4 * size**2))) ** 0.5 / (1 + z2 / size)
+    return centre - half, centre + half
+
+
 def _share(values: Sequence[bool]) -> float:
     return sum(values) / len(values)
 
@@ -139,25 +162,17 @@ class WinRate(Metric):
         self.outcomes.append(outcomes.double())
 
     def compute(self) -> dict[str, Tensor]:
-        """The rate, its 95% interval over prompts, and the shares of wins, ties and losses.
+        """The rate, its 95% interval over prompts, and the shares of wins, ties and losses; NaN without prompts.
 
-        The interval is Wilson's (1927) with the variance of the outcomes, which ties and disagreements make smaller
-        than a coin's: the number of prompts is scaled by p (1 - p) / variance. NaN without prompts.
+        Ties and disagreements make the variance of the outcomes, and with it the interval, smaller than a coin's.
         """
         # A list of batches, or after a sync one tensor.
         values = dim_zero_cat(self.outcomes) if len(self.outcomes) else torch.zeros(0, dtype=torch.float64)
-        n, p = len(values), values.mean()
-        spread = p * (1 - p)
-        variance = values.var(correction=0)
-        # At least the plain interval where all outcomes are alike: nothing is then known of their variance.
-        size = n * float(spread / variance) if n and variance > 0 else float(n)
-        z2 = 1.959964**2
-        centre = (p + z2 / (2 * size)) / (1 + z2 / size) if n else p
-        half = (z2 * (spread / size + z2 / (4 * size**2))) ** 0.5 / (1 + z2 / size) if n else p
+        low, high = share_interval(values, torch.ones_like(values))
         return {
-            "win_rate": p,
-            "win_rate_low": centre - half,
-            "win_rate_high": centre + half,
+            "win_rate": values.mean(),
+            "win_rate_low": values.new_tensor(low),
+            "win_rate_high": values.new_tensor(high),
             "wins": (values > 0.5).double().mean(),
             "ties": (values == 0.5).double().mean(),
             "losses": (values < 0.5).double().mean(),

@@ -1,6 +1,7 @@
 """pass@k and maj@k against enumeration of everything that could have been drawn."""
 
 import itertools
+import math
 from collections import Counter
 from math import comb
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_posttrain.metrics import ConsensusAtK, PassAtK, consensus, pass_at_k
+from lit_posttrain.metrics import ConsensusAtK, PassAtK, consensus, pass_at_k, share_interval
 
 
 @pytest.mark.parametrize("n", range(1, 8))
@@ -135,3 +136,27 @@ def test_two_ranks_add_up_to_one() -> None:
         total = reduce(torch.stack([getattr(part, name) for part in parts]))
         setattr(parts[0], name, total)
     assert parts[0].compute().item() == pytest.approx(whole.compute().item()) == pytest.approx((1 + 0.5 + 0.75) / 5)
+
+
+def test_wilsons_interval_of_independent_trials() -> None:
+    """8 of 10, as in any table of it; nothing and everything; nobody asked."""
+    assert share_interval(torch.tensor([1.0] * 8 + [0.0] * 2), torch.ones(10)) == pytest.approx((0.490162, 0.943318))
+    assert share_interval(torch.zeros(10), torch.ones(10)) == pytest.approx((0.0, 0.277533), abs=1e-6)
+    assert share_interval(torch.ones(10), torch.ones(10)) == pytest.approx((0.722467, 1.0), abs=1e-6)
+    assert all(math.isnan(end) for end in share_interval(torch.zeros(3), torch.zeros(3)))
+
+
+def test_an_interval_of_trials_that_hang_together_is_the_bootstraps() -> None:
+    """Prompts have chances of their own and different numbers of trials; resampled are the prompts."""
+    generator = torch.Generator().manual_seed(0)
+    trials = torch.randint(1, 15, (600,), generator=generator).double()
+    chances = torch.rand(600, generator=generator).double().sqrt()
+    successes = torch.binomial(trials, chances, generator=generator)
+    rows = torch.randint(600, (4000, 600), generator=generator)
+    resampled = successes[rows].sum(1) / trials[rows].sum(1)
+    expected = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = share_interval(successes, trials)
+    assert (low, high) == pytest.approx(expected, abs=0.1 * (expected[1] - expected[0]))
+    coin = share_interval(torch.cat((torch.ones(int(successes.sum())), torch.zeros(int((trials - successes).sum())))),
+                          torch.ones(int(trials.sum())))  # fmt: skip
+    assert high - low > 1.3 * (coin[1] - coin[0])

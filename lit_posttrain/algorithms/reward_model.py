@@ -11,7 +11,7 @@ from lit_posttrain.algorithms.offline import OfflineModule
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.functional.preference_losses import pair_indices
 from lit_posttrain.functional.reward_losses import binary_loss, bradley_terry
-from lit_posttrain.metrics import calibration_error
+from lit_posttrain.metrics import calibration_error, share_interval
 from lit_posttrain.policy import Policy, PolicyConfig
 from lit_posttrain.scalar_heads import ScoreNetwork, last_tokens
 from lit_posttrain.sharding import all_reduce_sum, gather_objects
@@ -130,14 +130,15 @@ class RewardModel(ScoringModule):
         winners, losers = pair_indices(batch.columns["preference"], group)
         margin = batch.columns.get("margin")
         terms = bradley_terry(scores[winners], scores[losers], None if margin is None else margin[winners])
-        of_prompt = torch.bincount(group[winners], minlength=int(group.max()) + 1)[group[winners]]
+        of_prompt = torch.bincount(group[winners], minlength=int(group.max()) + 1)
         prompts, pairs = max(totals.sequences, 1.0), max(totals.tokens, 1.0)
-        total = (terms / of_prompt).sum() / prompts + scores.sum() * 0.0
+        total = (terms / of_prompt[group[winners]]).sum() / prompts + scores.sum() * 0.0
         if self.centring:
             total = total + self.centring * (scores[winners] + scores[losers]).square().sum() / pairs
         gap = (scores[winners] - scores[losers]).detach()
         counted = torch.isin(group, group[winners])
-        self.observe(gaps=gap, chosen=scores[winners], rejected=scores[losers])
+        right = torch.zeros(len(of_prompt), device=gap.device).index_add_(0, group[winners], (gap > 0).float())
+        self.observe(gaps=gap, chosen=scores[winners], rejected=scores[losers], right=right, pairs=of_prompt)
         rows = scores.detach()[counted]
         metrics = {"accuracy": (gap > 0).sum() / pairs, "margin": gap.sum() / pairs}
         metrics["mean_reward"] = (0.5 * (scores[winners] + scores[losers])).detach().sum() / pairs
@@ -146,13 +147,15 @@ class RewardModel(ScoringModule):
         return Loss(total, metrics, extremes)
 
     def evaluated(self, values: dict[str, float]) -> dict[str, float]:
-        """Calibration of sigma(r_w - r_l) as the probability that the better one wins."""
+        """Calibration of sigma(r_w - r_l) as the probability that the better one wins; the accuracy's 95% interval."""
         seen = self.collected()
         if "gaps" not in seen or not len(seen["gaps"]):
             return {}
         self.show_histograms({"chosen": seen["chosen"], "rejected": seen["rejected"], "difference": seen["gaps"]})
         confidence = torch.sigmoid(seen["gaps"].abs())
-        return {"ece": calibration_error(confidence, seen["gaps"] > 0)}
+        low, high = share_interval(seen["right"].double(), seen["pairs"].double())
+        ece = calibration_error(confidence, seen["gaps"] > 0)
+        return {"ece": ece, "accuracy_low": low, "accuracy_high": high}
 
     # --- normalisation ----------------------------------------------------------------------------------------
 

@@ -274,6 +274,15 @@ def test_evaluation_is_the_loss_on_held_out_rankings(tiny_model: Path, tmp_path:
     w, l = ((better[:, None] > better) & (group[:, None] == group)).nonzero(as_tuple=True)  # noqa: E741
     gaps = scores[w] - scores[l]
     assert curve(tmp_path, "eval/accuracy") == [pytest.approx(float((gaps > 0).double().mean()), rel=1e-5)]
+    # Pairs of one ranking hang together: the variance of the ratio over rankings, and Wilson's interval with it.
+    accuracy, of = float((gaps > 0).double().mean()), group[w].tolist()
+    off = [sum(float(g > 0) - accuracy for g, i in zip(gaps, of, strict=True) if i == ranking) for ranking in set(of)]
+    odds = 1.959964**2 * sum(x**2 for x in off) / len(of) ** 2 / (accuracy * (1 - accuracy))  # z^2 / effective number
+    middle, root = (accuracy + odds / 2) / (1 + odds), (accuracy * (1 - accuracy) * odds + odds**2 / 4) ** 0.5
+    assert len(set(of)) > 2
+    assert 0 < accuracy < 1
+    assert curve(tmp_path, "eval/accuracy_low") == [pytest.approx(middle - root / (1 + odds), rel=1e-4)]
+    assert curve(tmp_path, "eval/accuracy_high") == [pytest.approx(middle + root / (1 + odds), rel=1e-4)]
     ece = calibration_error(gaps.abs().sigmoid().float(), gaps > 0)
     assert curve(tmp_path, "eval/ece") == [pytest.approx(ece, abs=1e-4)]
     assert curve(tmp_path, "eval/max_reward") == [pytest.approx(float(scores.max()), rel=1e-4)]
