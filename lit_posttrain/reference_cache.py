@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -54,10 +56,16 @@ class ReferenceCache:
             batch_of: Items as a batch, whose column ``row`` says which number each row is; a negative one is none.
             score: The sums of a batch, one a row, right at the rows that are named; a collective under sharding.
             phase: Told that work begins.
+
+        Raises:
+            ValueError: There is nothing to read, and the folder cannot be written to.
         """
         file = self.folder / f"{part}-{self._key(contents)}.safetensors"
         found = _read(file, rows) if rank() == 0 else None
-        values = gather_objects(found)[0]
+        problem = _problem(self.folder) if rank() == 0 and found is None else None
+        values, problem = gather_objects((found, problem))[0]
+        if problem is not None:  # seen before the log-probs are computed
+            raise ValueError(f"model.init_args.reference_cache: {self.folder} cannot be written to ({problem})")
         if values is None:
             phase("reference log-probs", -(-len(contents) // (_AT_ONCE * world_size())))
             values = torch.zeros(rows)
@@ -96,11 +104,23 @@ def _read(file: Path, rows: int) -> Tensor | None:
     return values if len(values) == rows and checksum == _checksum(values) else None
 
 
+def _problem(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return str(error)
+
+
 def _write(file: Path, values: Tensor) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     staged = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-    save_file({"log_probs": values}, staged, metadata={"sha256": _checksum(values)})
-    staged.replace(file)
+    try:
+        save_file({"log_probs": values}, staged, metadata={"sha256": _checksum(values)})
+        staged.replace(file)
+    except (OSError, SafetensorError) as error:  # the run has them in memory
+        staged.unlink(missing_ok=True)
+        warnings.warn(f"the reference's log-probs could not be kept in {file.parent} ({error})", stacklevel=2)
 
 
 def _checksum(values: Tensor) -> str:

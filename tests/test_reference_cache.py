@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from offline_runs import data, fit, module, pair, write
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import write_tiny_model
 from tiny_runs import Recorder, scalars, trainer
@@ -144,6 +145,33 @@ def test_a_damaged_file_is_computed_again(
     assert torch.equal(again.values, first.values)
     assert torch.equal(load_file(only(tmp_path / "c"))["log_probs"], good)
     assert Filled(tiny_model, tmp_path / "c", examples).scored == 0
+
+
+@pytest.mark.parametrize("folder", ["taken", "taken/c"])
+def test_a_folder_that_cannot_be_written_to_is_refused_beforehand(
+    folder: str, tiny_model: Path, tmp_path: Path, examples: Any
+) -> None:
+    (tmp_path / "taken").write_text("")
+    policy = Policy(PolicyConfig(model=str(tiny_model), compute_dtype="float32"))
+    cache = ReferenceCache(str(tmp_path / folder), Reference(policy, ReferenceConfig()), "float32")
+    with pytest.raises(ValueError, match=rf"^model.init_args.reference_cache: .*{folder} cannot be written to"):
+        fill(cache, "train", examples, lambda *_: pytest.fail("computed first"), lambda *_: None)
+
+
+def test_a_disk_that_fills_up_loses_the_file_alone(
+    tiny_model: Path, tmp_path: Path, examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Any, path: Path, **__: Any) -> None:
+        path.write_bytes(b"begun")
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_posttrain.reference_cache.save_file", full)
+        with pytest.warns(UserWarning, match="could not be kept in .*No space left"):
+            got = Filled(tiny_model, tmp_path / "c", examples)
+    assert torch.equal(got.values, expected(examples))
+    assert list((tmp_path / "c").iterdir()) == []
+    assert Filled(tiny_model, tmp_path / "c", examples).scored == 3
 
 
 def test_held_out_examples_have_a_file_of_their_own(tiny_model: Path, tmp_path: Path) -> None:
