@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lit_posttrain.checkpoint import CheckpointError, load_artefact, save_artefact, tensor_hash
 from lit_posttrain.policy import Policy, PolicyConfig
-from lit_posttrain.sharding import full_tensor, rank, shard, world_size
+from lit_posttrain.sharding import full_tensor, gather_objects, rank, shard, world_size
 from lit_posttrain.types import Sequences
 
 
@@ -85,16 +85,23 @@ class Reference:
         self.network = None
 
     def recall(self, device: torch.device, mesh: DeviceMesh | None) -> None:
-        """Read a released network from its files again. A collective under sharding.
+        """Read a released network from its files again. Every rank enters.
 
         Raises:
             ValueError: They are gone, or hold other weights by now.
         """
         if self._own is None or self.network is not None:
             return
-        network = _frozen(self._own)
-        if _hash(network) != self.initial_hash:
-            raise ValueError(f"model.init_args.reference: {self._own.model} holds other weights than at the start")
+        network, problem = None, None
+        try:
+            network = _frozen(self._own)
+            if _hash(network) != self.initial_hash:
+                problem = f"model.init_args.reference: {self._own.model} holds other weights than at the start"
+        except ValueError as error:
+            problem = str(error)
+        # All ranks or none: one that stayed behind would keep the others waiting.
+        if problems := [each for each in gather_objects(problem) if each is not None]:
+            raise ValueError(problems[0])
         self.network = network
         self.place(device, mesh)
 

@@ -53,6 +53,11 @@ class Schedule(LRScheduler):
         """Where it stands; its shape is the configuration's."""
         return {name: getattr(self, name) for name in ("last_epoch", "base_lrs", "_step_count", "_last_lr")}
 
+    @property
+    def open_ended(self) -> bool:
+        """Whether its rates depend on the length of the run."""
+        return self.total_steps is None and self.decay != "constant"
+
     def run_for(self, iterations: int) -> None:
         """Say how long the run is; ``total_steps`` goes before it."""
         self._length = self.total_steps or iterations

@@ -1,4 +1,4 @@
-"""pass@k and maj@k against enumeration of everything that could have been drawn."""
+"""pass@k and maj@k against enumeration of everything that could have been drawn; intervals against the bootstrap."""
 
 import itertools
 import math

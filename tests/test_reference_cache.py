@@ -217,9 +217,8 @@ def test_mismatched_completions_are_cached_too(tiny_model: Path, tmp_path: Path)
     parts = ["train", *(f"train-mismatched-{e}" for e in range(-(-5 // found.iterations_per_epoch)))]
     assert sorted(f.name.rsplit("-", 1)[0] for f in cache.glob("*")) == [*parts, "val", "val-mismatched"]
     run.reference.recall(torch.device("cpu"), None)
-    batches = [("train", found.batch(i)) for i in range(5)] + [
-        ("val", found.evaluation_batch("val", i)) for i in (0, 2)
-    ]
+    batches = [("train", found.batch(i)) for i in range(5)]
+    batches += [("val", found.evaluation_batch("val", i)) for i in (0, 2)]
     for split, batch in batches:
         assert (batch.columns["row"] < 0).sum() == len(batch.columns["row"]) / 2
         torch.testing.assert_close(run.cached(run.cache, batch, split), run._sums_of(batch), rtol=1e-5, atol=1e-4)
@@ -239,7 +238,7 @@ def test_a_longer_run_computes_what_is_new_alone(tiny_model: Path, tmp_path: Pat
 def test_without_an_end_there_is_no_cache_of_it(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^model.init_args.reference_cache: .*set trainer.max_steps or trainer.max"):
         kto(tiny_model, tmp_path / "a", -1, tmp_path / "cache", max_epochs=-1)
-    assert not list((tmp_path / "cache").glob("*-mismatched-*"))
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])

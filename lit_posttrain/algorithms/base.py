@@ -109,15 +109,13 @@ class PostTrainModule(Reporting, ABC):
             return optimizer
         prime(optimizer)
         schedule = self.make_scheduler(optimizer)
-        if isinstance(schedule, Schedule) and self.trainer.state.fn == "fit":
-            steps = schedule.total_steps or self.run_length()
-            if steps is None and schedule.decay != "constant":
+        if isinstance(schedule, Schedule) and schedule.open_ended and self.trainer.state.fn == "fit":
+            if (steps := self.run_length()) is None:
                 raise ValueError(
                     "model.init_args.scheduler.init_args.total_steps: set it, or trainer.max_epochs or "
                     "trainer.max_steps, so that the schedule knows where it ends"
                 )
-            if steps is not None:
-                schedule.run_for(steps)
+            schedule.run_for(steps)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def parameter_groups(self) -> list[Any]:

@@ -80,16 +80,20 @@ class KTO(PreferenceModule):
         """Mismatched completions only make z."""
         return (batch.columns["role"] == 0).nonzero()[:, 0]
 
-    def fill(self, cache: ReferenceCache, data: Any) -> None:
-        """Also every prompt with a completion of another that the steps and evaluations to come will hold."""
-        super().fill(cache, data)
-        steps = self.run_length() if self.trainer.state.fn == "fit" else 0
-        if steps is None:
+    def setup(self, stage: str) -> None:
+        """Refuse a cache of a run without an end before anything is computed for it."""
+        super().setup(stage)
+        if stage == "fit" and self.cache_folder is not None and self.run_length() is None:
             raise ValueError(
                 "model.init_args.reference_cache: which completions change places is known only for so many steps; "
                 "set trainer.max_steps or trainer.max_epochs, or unset it"
             )
-        for part, split, batches in _parts(data, steps):
+
+    def fill(self, cache: ReferenceCache, data: Any) -> None:
+        """Also every prompt with a completion of another that the steps and evaluations to come will hold."""
+        super().fill(cache, data)
+        steps = self.run_length() if self.trainer.state.fn == "fit" else 0
+        for part, split, batches in _parts(data, steps or 0):
             exchanged = [(whole, data.exchanged(split, whole)) for whole in batches]
             pairs = sorted({pair for each in exchanged for pair in zip(*each, strict=True)})
             lines = (data.mismatched_line(split, *pair) for pair in pairs)

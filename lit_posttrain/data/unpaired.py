@@ -86,8 +86,9 @@ class UnpairedPreferences(ExampleData):
         order, first = (list(range(whole[0] + 1)), whole[0]) if len(whole) == 1 else (whole, 0)
         found = []
         for position, own in enumerate(whole, first):
-            before = [order[(position - k) % len(order)] for k in range(1, len(order) + 1)]
-            found.append(next((i for i in before if examples[i].prompt != examples[own].prompt), before[0]))
+            before = (order[(position - k) % len(order)] for k in range(1, len(order)))
+            others = (i for i in before if examples[i].prompt != examples[own].prompt)
+            found.append(next(others, order[position - 1]))
         return found
 
     def mismatched(self, split: Split, pairs: Sequence[tuple[int, int]], first: int) -> ExampleBatch:

@@ -9,6 +9,7 @@ from offline_runs import data, fit, module
 from tiny_runs import Recorder
 from two_processes import train_in_two
 
+from lit_posttrain import reference
 from lit_posttrain.callbacks import CheckpointEvery
 from lit_posttrain.checkpoint import newest_checkpoint
 from lit_posttrain.export import _state_dict
@@ -106,3 +107,32 @@ def test_two_processes_train_as_one(name: str, kind: str, tiny_model: Path, tmp_
         for n in ("policy.gain", "policy.shift"):
             torch.testing.assert_close(states[1][n], states[0][n], rtol=1e-5, atol=1e-5)
         assert abs(float(states[0]["policy.shift"])) > 1e-3
+
+
+def test_a_reference_that_one_rank_cannot_read_again(tiny_model: Path, tmp_path: Path) -> None:
+    """No rank goes on into a collective without it, where it would wait for ever."""
+    data("dpo", tiny_model, tmp_path)  # writes the file
+
+    def train_without(strategy: Any) -> None:
+        run = module("dpo", tiny_model, reference_cache=str(tmp_path / "cache"))
+        filled, scores = run.fill, {}
+
+        def then_lost(*arguments: Any) -> None:
+            filled(*arguments)
+            if run.global_rank == 1:
+                reference._hash = lambda _: "of other weights"
+
+        run.fill = then_lost
+        run.log_scores = lambda _, values, __: scores.update(values)
+        examples = data("dpo", tiny_model, tmp_path, val_size=4, held_out_percent=30)
+        fit(
+            run, examples, tmp_path, devices=2, strategy=strategy, max_steps=1, limit_val_batches=1.0,
+            val_check_interval=1, logger=False,
+        )  # fmt: skip
+        torch.save(sorted(scores), tmp_path / f"rank{run.global_rank}.pt")
+
+    train_in_two("fsdp2", train_without)
+    for rank in range(2):
+        names = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert "loss" in names
+        assert "objective/kl" not in names
