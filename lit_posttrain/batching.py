@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lit_posttrain.types import MicroBatch, Sequences
 
+# Algorithms' default: a prompt and 8 completions of 128 tokens stay together, which 1,024 would split.
+TOKEN_BUDGET = 1152
+
 
 def pad_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Sequences:
     """Right-padded rows of each prompt and its completion."""

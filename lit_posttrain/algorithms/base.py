@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_posttrain import gates, randomness
 from lit_posttrain.algorithms.reporting import Reporting
-from lit_posttrain.batching import to_device
+from lit_posttrain.batching import TOKEN_BUDGET, to_device
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
 from lit_posttrain.precision import describe_hardware
@@ -53,7 +53,7 @@ class PostTrainModule(Reporting, ABC):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = 1024,
+        token_budget: int = TOKEN_BUDGET,
     ):
         super().__init__()
         if token_budget < 1:

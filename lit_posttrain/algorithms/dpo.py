@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_posttrain.algorithms.generations import GenerationConfig
 from lit_posttrain.algorithms.preference import PreferenceModule, pair_metrics
+from lit_posttrain.batching import TOKEN_BUDGET
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.functional.preference_losses import (
     WHOLE_STEP,
@@ -64,7 +65,7 @@ class DPO(PreferenceModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = 1024,
+        token_budget: int = TOKEN_BUDGET,
     ):
         kinds: list[LossType] = [loss_type] if isinstance(loss_type, str) else list(loss_type)
         weights = [1.0] * len(kinds) if loss_weights is None else loss_weights

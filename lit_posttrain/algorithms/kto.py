@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_posttrain.algorithms.generations import GenerationConfig
 from lit_posttrain.algorithms.preference import COLUMN, PreferenceModule
+from lit_posttrain.batching import TOKEN_BUDGET
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.functional.preference_losses import kto_loss
 from lit_posttrain.policy import PolicyConfig
@@ -57,7 +58,7 @@ class KTO(PreferenceModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = 1024,
+        token_budget: int = TOKEN_BUDGET,
     ):
         for name, value in (("beta", beta), ("desirable_weight", desirable_weight)):
             if value <= 0:

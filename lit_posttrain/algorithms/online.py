@@ -17,7 +17,7 @@ from lit_posttrain.algorithms.evaluation import EvaluationConfig
 from lit_posttrain.algorithms.measures import rollout_sums
 from lit_posttrain.algorithms.pretraining import Pretraining, PtxConfig
 from lit_posttrain.algorithms.watching import WatchedModule
-from lit_posttrain.batching import split, to_device
+from lit_posttrain.batching import TOKEN_BUDGET, split, to_device
 from lit_posttrain.functional.log_probs import TokenLogProbs
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.objective import PolicyObjective
@@ -70,7 +70,7 @@ class OnlineModule(WatchedModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = 1024,
+        token_budget: int = TOKEN_BUDGET,
         log_samples_every: int = 5,
     ):
         super().__init__(

@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_posttrain.algorithms.offline import OfflineModule
+from lit_posttrain.batching import TOKEN_BUDGET
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.functional.preference_losses import pair_indices
 from lit_posttrain.functional.reward_losses import binary_loss, bradley_terry
@@ -109,7 +110,7 @@ class RewardModel(ScoringModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=9e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = 1024,
+        token_budget: int = TOKEN_BUDGET,
     ):
         super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
         if centring < 0:
@@ -237,7 +238,7 @@ class PointwiseRewardModel(_LabelModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=6e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = 1024,
+        token_budget: int = TOKEN_BUDGET,
     ):
         super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
 
@@ -274,7 +275,7 @@ class ProcessRewardModel(_LabelModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = 1024,
+        token_budget: int = TOKEN_BUDGET,
     ):
         super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
 

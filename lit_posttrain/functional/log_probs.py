@@ -71,18 +71,31 @@ class _Head(NamedTuple):
 
 
 class _Product:
-    """h W^T, the weight reordered first where enough positions follow."""
+    """h W^T of stretches of positions, the weight reordered first where enough of them are to be computed.
 
-    def __init__(self, weight: Float[Tensor, "v d"], positions: int):
-        self.weight = weight
-        self.packed = pack(weight) if positions >= PACKED_FROM and packs(weight) else None
+    Args:
+        weight: W.
+        states: h.
+        kept: Of the first positions, what an earlier pass computed.
+    """
 
-    def __call__(self, states: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+    def __init__(self, weight: Float[Tensor, "v d"], states: Float[Tensor, "n d"], kept: Tensor | None = None):
+        self.weight, self.states, self.kept = weight, states, kept
+        ahead = len(states) - (0 if kept is None else len(kept))
+        self.packed = pack(weight) if ahead >= PACKED_FROM and packs(weight) else None
+
+    def __call__(self, where: slice) -> Float[Tensor, "n v"]:
+        if self.kept is not None and where.stop <= len(self.kept):
+            return self.kept[where]
+        states = self.states[where]
         return states @ self.weight.T if self.packed is None else packed_product(states, self.packed)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(logits)[target]; backward makes each chunk's logits again instead of keeping them."""
+    """log softmax(logits)[target]; backward makes the logits again instead of keeping them, but for one chunk.
+
+    The first chunk's h W^T waits in the memory that its gradient will take, so that keeping it costs none.
+    """
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
@@ -96,14 +109,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
         head: _Head,
         chunk: int,
         with_entropy: bool,
+        keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs and entropy ``[n]``, and ``[2, n]`` of whether the target is the likeliest and the mean logit."""
-        product = _Product(weight.to(states.dtype), len(states))
+        product = _Product(weight.to(states.dtype), states)
+        kept = states.new_empty(min(chunk, len(states)), len(weight)) if keep else None
         dtype = _accumulation_dtype(states.dtype)
         log_probs, normaliser = (torch.empty(len(states), dtype=dtype, device=states.device) for _ in range(2))
         entropy = torch.zeros(len(states) if with_entropy else 0, dtype=dtype, device=states.device)
         measured = torch.zeros(2, len(entropy), dtype=dtype, device=states.device)
-        for part, logits in _logits(head, product, states, bias, slice(0, len(states)), chunk):
+        for part, logits in _logits(head, product, bias, slice(0, len(states)), chunk, kept):
             at_target = logits.gather(1, targets[part, None])[:, 0]
             peak = logits.amax(-1)
             if with_entropy:
@@ -116,7 +131,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if with_entropy:  # log Z - E[logit]
                 entropy[part] = total.log() - mass.mul_(shifted).sum(-1) / total
         ctx.save_for_backward(states, weight, bias, targets, normaliser, entropy)
-        ctx.head, ctx.chunk = head, chunk
+        ctx.head, ctx.chunk, ctx.kept = head, chunk, kept
         ctx.mark_non_differentiable(measured)
         ctx.set_materialize_grads(False)
         return log_probs, entropy, measured
@@ -132,15 +147,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad = normaliser.new_zeros(len(states)) if grad_outputs[0] is None else grad_outputs[0]
         for_entropy = grad_outputs[1]
         head, dtype = ctx.head, normaliser.dtype
-        product = _Product(weight.to(states.dtype), len(states))
+        kept, ctx.kept = ctx.kept, None  # used up: a second backward makes it again
+        product = _Product(weight.to(states.dtype), states, kept)
+        place = states.new_empty(min(ctx.chunk, len(states)), len(weight)) if kept is None else kept
         for_states, for_weight, for_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if for_states else None
-        # fp32 over the chunks: bf16 would lose what every further chunk adds.
-        d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if for_weight else None
+        d_weight = None
         d_bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if for_bias else None
         for chunk in _parts(0, len(states), ctx.chunk):
-            d_product = states.new_empty(chunk.stop - chunk.start, len(weight))
-            for part, logits in _logits(head, product, states, bias, chunk, ctx.chunk):
+            d_product = place[: chunk.stop - chunk.start]
+            for part, logits in _logits(head, product, bias, chunk, ctx.chunk):
                 d_logits = logits.sub(normaliser[part, None]).exp_().mul_(-grad[part, None])  # g (1[target] - softmax)
                 d_logits.scatter_add_(1, targets[part, None], grad[part, None])
                 if for_entropy is not None:  # dH / dlogit = -p (log p + H)
@@ -152,17 +168,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 d_product[part.start - chunk.start : part.stop - chunk.start] = d_logits
             if d_states is not None:
                 torch.mm(d_product, product.weight, out=d_states[chunk])
-            if d_weight is not None:
-                # In place where the precisions are equal: the sum then costs no pass of its own.
-                if d_weight.dtype == states.dtype:
-                    torch.addmm(d_weight, d_product.T, states[chunk], out=d_weight)
-                else:
-                    add_widened_(d_weight, d_product.T @ states[chunk])
+            if for_weight:
+                d_weight = _with_weight_gradient(d_weight, d_product, states[chunk], more=chunk.stop < len(states))
+        if for_weight and d_weight is None:
+            d_weight = torch.zeros_like(weight)
         return (
             d_states,
             None if d_weight is None else d_weight.to(weight.dtype),
             None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -212,7 +226,10 @@ def token_log_probs(
     states = hidden.reshape(b * s, d).index_select(0, rows * s + positions)
     targets = ids.reshape(b * s).index_select(0, rows * s + positions + 1).long()  # the shift
     head = _Head(temperature, softcap, scale)
-    scored, entropy, measured = _ChunkedLogProbs.apply(states, weight, bias, targets, head, chunk, with_entropy)  # type: ignore[misc]
+    keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    scored, entropy, measured = _ChunkedLogProbs.apply(  # type: ignore[misc]
+        states, weight, bias, targets, head, chunk, with_entropy, keep
+    )
     entropy = entropy if entropy_gradient else entropy.detach()
 
     def spread(values: Tensor) -> Tensor:
@@ -225,17 +242,42 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _with_weight_gradient(total: Tensor | None, d_product: Tensor, states: Tensor, *, more: bool) -> Tensor:
+    """``total`` plus a chunk's gradient of W: fp32 over the chunks, since bf16 would lose what every further one adds.
+
+    Args:
+        total: None at the first chunk.
+        d_product: Gradient of the chunk's h W^T.
+        states: The chunk's h.
+        more: Whether chunks follow.
+    """
+    dtype = _accumulation_dtype(states.dtype)
+    if total is None:
+        first = d_product.T @ states
+        return first.to(dtype) if more else first
+    if total.dtype == states.dtype:  # in place: the sum then costs no pass of its own
+        return torch.addmm(total, d_product.T, states, out=total)
+    return add_widened_(total, d_product.T @ states)
+
+
 def _logits(
-    head: _Head, product: _Product, states: Tensor, bias: Tensor | None, among: slice, chunk: int
+    head: _Head, product: _Product, bias: Tensor | None, among: slice, chunk: int, kept: Tensor | None = None
 ) -> Iterator[tuple[slice, Float[Tensor, "n v"]]]:
-    """The logits of positions ``among``, as many at a time as is fastest, and never more than ``chunk``."""
+    """The logits of positions ``among``, as many at a time as is fastest, and never more than ``chunk``.
+
+    ``kept`` receives the products of the first positions.
+    """
     at_once = in_cache = chunk
-    if states.device.type == "cpu":
+    if product.states.device.type == "cpu":
         vocabulary = len(product.weight)
         at_once = min(chunk, max(1, CPU_PRODUCT_ELEMENTS // vocabulary))
         in_cache = min(chunk, max(1, CPU_CACHE_ELEMENTS // vocabulary))
-    for outer in _parts(among.start, among.stop, at_once):
-        together = product(states[outer])
+    # Chunk by chunk, so that both passes have the same stretches.
+    outers = [o for c in _parts(among.start, among.stop, chunk) for o in _parts(c.start, c.stop, at_once)]
+    for outer in outers:
+        together = product(outer)
+        if kept is not None and outer.stop <= len(kept):
+            kept[outer] = together
         for part in _parts(outer.start, outer.stop, in_cache):
             yield part, head.logits(together[part.start - outer.start : part.stop - outer.start], bias)
 

@@ -200,26 +200,64 @@ def test_no_result_ever_holds_more_than_a_chunk_of_logits(head: dict[str, Any]) 
     assert naive.numel == 4 * 65 * 1000
 
 
-def test_nothing_with_a_vocabulary_dimension_is_kept_for_backward() -> None:
+def kept_products(scored: Tensor) -> Tensor | None:
+    """What the graph behind log-probs holds of h W^T."""
+    waiting = [scored.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and "ChunkedLogProbs" in node.name():
+            return node.kept  # type: ignore[attr-defined]
+        waiting += [] if node is None else [n for n, _ in node.next_functions]
+    raise AssertionError("no head in the graph")
+
+
+def test_one_chunk_with_a_vocabulary_dimension_is_kept_for_backward_and_used_up_there() -> None:
     hidden, weight, ids, mask = big()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
-        token_log_probs(hidden, weight, ids, 1.0, mask=mask, chunk=16)
+        out = token_log_probs(hidden, weight, ids, 1.0, mask=mask, chunk=16)
     kept = [x for x in saved if x is not weight and x.data_ptr() != weight.data_ptr()]
     assert kept
     assert max(x.numel() for x in kept) <= hidden.numel()
+    products = kept_products(out.log_probs)
+    assert products is not None
+    assert products.shape == (16, 1000)
+    out.log_probs.sum().backward()
+    assert kept_products(out.log_probs) is None
 
 
-def test_work_is_proportional_to_the_scored_positions() -> None:
+def test_a_frozen_network_keeps_no_products() -> None:
+    hidden, weight, ids, mask = big()
+    bias = torch.zeros(1000, requires_grad=True)
+    out = token_log_probs(hidden.detach(), weight.detach(), ids, 1.0, mask=mask, chunk=16, bias=bias)
+    assert kept_products(out.log_probs) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [16, 1000])
+@pytest.mark.parametrize("head", [{}, {"softcap": 30.0, "scale": 0.5, "bias": torch.ones(1000)}])
+def test_a_second_backward_gives_the_same(dtype: torch.dtype, chunk: int, head: dict[str, Any]) -> None:
+    hidden, weight, ids, mask = big(dtype)
+    out = token_log_probs(hidden, weight, ids, 0.7, mask=mask, chunk=chunk, with_entropy=True, **head)
+    first, second = (torch.autograd.grad(out.log_probs.sum(), (hidden, weight), retain_graph=True) for _ in range(2))
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("chunk", [16, 1000])
+def test_work_is_proportional_to_the_scored_positions(chunk: int) -> None:
     hidden, weight, ids, mask = big()
     scored = int(mask.sum())
     counter = FlopCounterMode(display=False)
     with counter:
-        out = token_log_probs(hidden, weight, ids, 1.0, mask=mask, chunk=16)
+        out = token_log_probs(hidden, weight, ids, 1.0, mask=mask, chunk=chunk)
         forward = counter.get_total_flops()
         out.log_probs.sum().backward()
-    assert forward == 2 * scored * 8 * 1000
-    assert counter.get_total_flops() == 4 * forward  # backward: the logits again, and one product a gradient
+    a_position = 2 * 8 * 1000
+    assert forward == scored * a_position
+    # Backward: one product a gradient, and the logits again but for the first chunk's.
+    again = max(0, scored - chunk)
+    assert counter.get_total_flops() == (3 * scored + again) * a_position
 
 
 @pytest.mark.trap(13)
