@@ -39,6 +39,7 @@ class PhaseProgressBar(ProgressBar):
         self._metrics: dict[str, Any] = {}
         self._total: int | None = None
         self._phase = ("", 0, 0)
+        self._evaluation = ""
         self._phase_began = self._began = self._last_line = time.monotonic()
         self._first = self._done = 0
 
@@ -202,19 +203,24 @@ class PhaseProgressBar(ProgressBar):
         total = sum(batches) if isinstance(batches, list) else batches
         if not trainer.training and trainer.state.fn != "fit":
             self._open(name, 0, 1)
+        self._evaluation = name
         self.phase(name, int(total) if total != float("inf") else 0)
+
+    def _batch_done(self) -> None:
+        if self._phase[0] == self._evaluation:  # else the module counts a phase of its own
+            self.advance()
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """One batch more."""
-        self.advance()
+        self._batch_done()
 
     def on_test_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """One batch more."""
-        self.advance()
+        self._batch_done()
 
     def on_predict_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
         """One batch more."""
-        self.advance()
+        self._batch_done()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show what validation logged."""

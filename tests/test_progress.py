@@ -85,6 +85,15 @@ def test_validation_is_a_phase(clock: Clock, capsys: pytest.CaptureFixture[str])
     assert "validation" not in bar.line()
 
 
+def test_a_batch_does_not_count_in_a_phase_of_the_modules_own(clock: Clock) -> None:
+    bar = PhaseProgressBar()
+    hook(bar, "on_validation_start", trainer(4))
+    bar.phase("evaluation", 1)
+    bar.advance()
+    hook(bar, "on_validation_batch_end", trainer(4))
+    assert "evaluation 1/1" in bar.line()
+
+
 def test_a_terminal_gets_two_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     screen.isatty = lambda: True  # type: ignore[method-assign]
