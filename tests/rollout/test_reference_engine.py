@@ -205,8 +205,12 @@ def test_stop_token_ids(engine: RolloutEngine, free: list[list[int]], picks: lis
 
 @pytest.mark.trap(1)
 @pytest.mark.trap(17)
+@pytest.mark.trap(33)
 def test_the_models_own_end_token_stops_and_is_kept(factory, policy: Policy) -> None:
-    """Raise the end token's logit, so that it is drawn; it is also the padding token, and kept all the same."""
+    """Raise the end token's logit, so that it is drawn; it is also the padding token, and kept all the same.
+
+    No completion is kept from ending: the end token has the probability that the trainer scores it with.
+    """
     eager = copy.deepcopy(policy)
     with torch.no_grad():
         eager.model.get_input_embeddings().weight[EOS] *= 2.5  # tied to the head
@@ -218,6 +222,11 @@ def test_the_models_own_end_token_stops_and_is_kept(factory, policy: Policy) -> 
     stopped = [c for c in completions if c.stop_reason == "stop"]
     assert len(stopped) >= 3
     assert all(c.token_ids.index(EOS) == len(c.token_ids) - 1 for c in stopped)
+    rows = [row for row, c in enumerate(completions) if c.stop_reason == "stop"]
+    sequences = pad_sequences([prompts[row] for row in rows], tokens(stopped))
+    scored = eager(sequences, sequences.completion_mask(), 1.0).log_probs
+    ends = scored.gather(1, sequences.lengths[:, None] - 2)[:, 0].tolist()
+    assert [c.log_probs[-1] for c in stopped] == pytest.approx(ends, abs=1e-4)
 
 
 def test_stop_strings_across_tokens_stay_in_the_completion(engine: RolloutEngine, policy: Policy, free) -> None:
