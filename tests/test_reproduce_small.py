@@ -22,15 +22,19 @@ def quick(reproduce: ModuleType, identifier: str, folder: Path) -> dict[str, Any
 
 
 def test_every_arm_of_the_frontiers(reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("BETAS", "COEFS", "LEARNED_COEFS"):  # a run of each, not four
+    for name in ("BETAS", "NOISY_BETAS", "COEFS", "LEARNED_COEFS"):  # a run of each, not four
         monkeypatch.setattr(reproduce.load("E3"), name, (0.1,))
     f = quick(reproduce, "E3", tmp_path)
     for beta, kl, reward in ((0.1, 4.216675, 2.484760), (0.5, 1.198484, 1.707256), (2, 0.078321, 0.767740)):
         assert f[f"tabular_kl_{beta}"] == pytest.approx(kl, abs=2e-3)
         assert f[f"tabular_reward_{beta}"] == pytest.approx(reward, abs=2e-3)
     runs = {name.removeprefix("kl_").rsplit("_", 1)[0] for name in f if name.startswith("kl_")}
-    assert runs == {"dpo_0.1", "ppo_0.1", "learned_0.1", "preferred_ft"}
-    assert f["dpo_minus_ppo_low"] <= f["dpo_minus_ppo_high"]
+    assert runs == {"dpo_0.1", "noisy_0.1", "ppo_0.1", "learned_0.1", "preferred_ft"}
+    for end in ("", "_to_4"):
+        assert f[f"dpo_minus_ppo{end}"] == pytest.approx(f[f"height_dpo{end}"] - f[f"height_ppo{end}"], abs=1e-6)
+        assert f[f"dpo_minus_ppo{end}_low"] <= f[f"dpo_minus_ppo{end}"] <= f[f"dpo_minus_ppo{end}_high"]
+    reached = [max(v for n, v in f.items() if n.startswith(f"kl_{arm}_")) for arm in ("dpo", "ppo")]
+    assert f["common_kl"] == pytest.approx(max(1e-3, min(10.0, *reached)))
 
 
 def test_a_frontier_is_the_concave_envelope(reproduce: ModuleType) -> None:
@@ -62,6 +66,19 @@ def test_forgetting_with_and_without_the_mix(reproduce: ModuleType, tmp_path: Pa
         assert f[f"rise_{variant}"] == pytest.approx(sum(rises) / 3)
         assert -1 <= f[f"reward_{variant}"] <= 1
     assert f["loss_sums_ppo"] != f["loss_sums_ptx"]
+
+
+def test_every_weight_of_the_kl_beside_the_mix(
+    reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        reproduce.load("E1b"), "VARIANTS", {"ppo": (0.0, 0.02), "kl100": (0.0, 2.0), "ptx": (0.3, 0.02)}
+    )
+    f = quick(reproduce, "E1b", tmp_path)
+    for variant in ("kl100", "ptx"):
+        assert f[f"removed_{variant}"] == pytest.approx(1 - f[f"rise_{variant}"] / f["rise_ppo"])
+        assert f[f"kept_{variant}"] == pytest.approx(f[f"reward_{variant}"] / f["reward_ppo"])
+    assert len({f[f"loss_sums_{v}"] for v in ("base", "ppo", "kl100", "ptx")}) == 4
 
 
 def test_friendly_counts_to_three(reproduce: ModuleType) -> None:
@@ -159,3 +176,15 @@ def test_every_figure_decides(reproduce: ModuleType, identifier: str) -> None:
     for name in good:
         for spoilt in (-2.0, float("nan")):
             assert not passed([good, {**good, name: spoilt}]), name
+
+
+def test_a_kl_that_does_what_the_mix_does_decides(reproduce: ModuleType) -> None:
+    passed = reproduce.load("E1b").passed
+    needed = {"rise_ppo": 1.0, "removed_ptx": 0.9, "kept_ptx": 0.97}
+    good = {**needed, "removed_kl10": 0.9, "kept_kl10": 0.5, "removed_kl100": 0.2, "kept_kl100": 1.0}
+    assert passed([good, good])
+    assert not passed([])
+    for name in needed:
+        assert not passed([good, {**good, name: -2.0}]), name
+    for name, value in (("kept_kl10", 0.96), ("removed_kl100", 0.71), ("kept_kl10", float("nan"))):
+        assert not passed([good, {**good, name: value}]), name
