@@ -132,6 +132,8 @@ class PostTrainCLI(LightningCLI):
         """Finds the checkpoint to go on from, and says what goes on and what differs."""
         config = self.config[self.argv[0]]
         trainer = config["trainer"].as_dict()
+        if self.argv[0] == "fit":
+            _refuse_stepping_keys(trainer)
         resume = cli_resume.resolve(config.get("ckpt_path"), trainer)
         if resume is None:
             if self.argv[0] == "fit":
@@ -153,6 +155,16 @@ class PostTrainCLI(LightningCLI):
 @rank_zero_only
 def _say(lines: list[str]) -> None:
     print("\n".join(f"lit-posttrain: {line}" for line in lines), flush=True)
+
+
+def _refuse_stepping_keys(trainer: dict[str, Any]) -> None:
+    """Algorithms take their steps themselves, and clip and accumulate by keys of their own."""
+    for name, idle, instead in (
+        ("gradient_clip_val", None, "model.init_args.max_grad_norm"),
+        ("accumulate_grad_batches", 1, "model.init_args.token_budget, which splits a step into micro-batches"),
+    ):
+        if trainer.get(name) not in (None, idle):
+            raise UserError(f"trainer.{name}: is {trainer[name]}, but has no effect here; set {instead}")
 
 
 def _tokenizer_of(policy: Any) -> str | None:

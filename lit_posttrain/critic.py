@@ -1,5 +1,6 @@
 """PPO's value function: a network of its own, or a head on the policy's."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lit_posttrain import scoring
+from lit_posttrain.beside import beside
 from lit_posttrain.functional.log_probs import TokenLogProbs
 from lit_posttrain.policy import Policy, PolicyConfig, causal_lm
 from lit_posttrain.scalar_heads import ScoreNetwork
@@ -26,7 +28,8 @@ class CriticConfig:
         shared: A head on the policy's own network instead, whose states then serve both.
         zero_head: Begin with a head of zeros, so that all values are 0 (Ziegler et al., 1909.08593, released code).
         lr: Peak learning rate of the critic's parameters; null is the policy's.
-        warmup: Iterations at the beginning in which only the critic learns.
+        warmup: Iterations at the beginning in which only the critic learns; no pretraining text is read in them, and
+            the KL's coefficient stays.
         gradient_checkpointing: Recompute each block's activations in backward.
     """
 
@@ -45,8 +48,13 @@ class CriticConfig:
         """
         if self.shared and self.model is not None:
             raise ValueError(f"{KEY}.model: a shared critic has no network of its own; unset it, or set shared: false")
-        if self.lr is not None and self.lr < 0:
-            raise ValueError(f"{KEY}.lr: must not be negative, is {self.lr}")
+        if self.shared and self.gradient_checkpointing:
+            raise ValueError(
+                f"{KEY}.gradient_checkpointing: a shared critic has no network of its own; set "
+                "model.init_args.policy.gradient_checkpointing instead"
+            )
+        if self.lr is not None and not 0 <= self.lr < math.inf:
+            raise ValueError(f"{KEY}.lr: must be finite and not negative, is {self.lr}")
         if self.warmup < 0:
             raise ValueError(f"{KEY}.warmup: must not be negative, is {self.warmup}")
 
@@ -77,6 +85,28 @@ class ValuePolicy(Policy):
         head = self.value_head
         values = head(states.to(head.weight.dtype))[:, 0].float()
         return scored, values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def load_critic(policy: PolicyConfig, config: CriticConfig) -> ScoreNetwork:
+    """The critic's own network.
+
+    Args:
+        policy: How the policy is loaded.
+        config: What differs.
+
+    Raises:
+        ValueError: There is no such network; names the key.
+    """
+    try:
+        critic = ScoreNetwork(beside(policy, config.model, gradient_checkpointing=config.gradient_checkpointing))
+    except ValueError as error:
+        mend = "" if config.model else f"; name another one in {KEY}.model, or set {KEY}.shared: true"
+        raise ValueError(str(error).replace("model.init_args.policy.model", f"{KEY}.model") + mend) from error
+    if config.zero_head:
+        head: Any = causal_lm(critic.model).score
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+    return critic
 
 
 def values_of(critic: ScoreNetwork, sequences: Sequences, mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b t"]:

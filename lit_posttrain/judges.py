@@ -1,15 +1,20 @@
 """Who decides which of two answers is better: a reward model, reward functions, or any callable."""
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, final
 
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lit_posttrain.model_files import model_folder
 from lit_posttrain.policy import PolicyConfig
-from lit_posttrain.rewards.base import RewardFunction, judge
+from lit_posttrain.precision import ComputeDtype
+from lit_posttrain.rewards.base import RewardError, RewardFunction, judge, require_names, to_verdict
+from lit_posttrain.rewards.scorers import Row, fitted
 from lit_posttrain.scalar_heads import Scorer
-from lit_posttrain.types import Sample
+from lit_posttrain.types import Sample, StopReason
 
 KEY = "judge.init_args"
 
@@ -22,12 +27,16 @@ class Answer(NamedTuple):
         ids: Its tokens, the end token included.
         prompt: The prompt as text.
         text: The answer as text, without the end token.
+        messages: The prompt as a conversation, where it is one.
+        stop_reason: Whether it ended or was cut.
     """
 
     prompt_ids: list[int]
     ids: list[int]
     prompt: str
     text: str
+    messages: list[dict[str, str]] | None = None
+    stop_reason: StopReason = "stop"
 
 
 class Judge(ABC):
@@ -40,8 +49,13 @@ class Judge(ABC):
         A judge may favour a position; whoever asks, asks in both orders.
         """
 
-    def place(self, device: torch.device) -> None:
-        """Go where the policy is."""
+    def place(self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Load what is needed where the policy is, before anything is sampled.
+
+        Args:
+            device: The policy's.
+            tokenizer: Whose ids answers hold.
+        """
         return None
 
     def close(self) -> None:
@@ -54,6 +68,20 @@ def by_score(first: Sequence[float], second: Sequence[float]) -> list[float]:
     return [0.5 if a == b else float(a > b) for a, b in zip(first, second, strict=True)]
 
 
+def decided(first: Sequence[float | None], second: Sequence[float | None], who: str) -> list[float]:
+    """The same; an answer without a score ties with every other, and a warning counts such pairs."""
+    pairs = list(zip(first, second, strict=True))
+    missing = sum(a is None or b is None for a, b in pairs)
+    if missing:
+        warnings.warn(f"{missing} of {len(pairs)} comparisons are ties for want of a score by {who}", stacklevel=2)
+    return [0.5 if a is None or b is None else by_score([a], [b])[0] for a, b in pairs]
+
+
+def _sample(answer: Answer) -> Sample:
+    """As reward functions read it."""
+    return Sample(answer.messages or answer.prompt, answer.text, answer.ids, answer.stop_reason, None, {})
+
+
 @final
 class RewardModelJudge(Judge):
     """The answer that a reward model scores higher is better.
@@ -61,28 +89,54 @@ class RewardModelJudge(Judge):
     Args:
         model: Folder of an exported reward model whose tokenizer is the policy's.
         token_budget: Most tokens in one forward pass.
+        compute_dtype: As of the policy.
     """
 
-    def __init__(self, model: str, token_budget: int = 4096):
-        self.model, self.token_budget = model, token_budget
+    def __init__(self, model: str, token_budget: int = 4096, compute_dtype: ComputeDtype = "auto"):
+        if token_budget < 1:
+            raise ValueError(f"{KEY}.token_budget: must be at least 1, is {token_budget}")
+        self.config, self.token_budget = PolicyConfig(model=model, compute_dtype=compute_dtype), token_budget
         self.scorer: Scorer | None = None
         self.device = torch.device("cpu")
 
-    def place(self, device: torch.device) -> None:
-        """Load the model onto the device, once."""
-        self.device = device
-        if self.scorer is None:
-            self.scorer = Scorer(PolicyConfig(model=self.model), device, self.token_budget)
+    def place(self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Load the model onto the device, once.
 
-    def scores(self, answers: Sequence[Answer]) -> list[float]:
-        """Of each answer, read at its last token."""
+        Raises:
+            ValueError: It is no reward model, or reads other tokens than the policy writes.
+        """
+        self.device = device
+        if self.scorer is not None:
+            return
+        if tokenizer is not None:
+            self._check_tokens(tokenizer)
+        self.scorer = Scorer(self.config, device, self.token_budget, f"{KEY}.model")
+
+    def _check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        folder = model_folder(self.config.model, f"{KEY}.model", weights=True)
+        try:
+            own = AutoTokenizer.from_pretrained(folder).get_vocab()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{KEY}.model: there is no tokenizer in {folder} ({error})") from error
+        if any(own.get(token) != i for token, i in tokenizer.get_vocab().items()):
+            raise ValueError(
+                f"{KEY}.model: the tokenizer in {folder} is not the policy's; let RewardJudge judge by a "
+                "LearnedReward, which reads text"
+            )
+
+    def scores(self, answers: Sequence[Answer]) -> list[float | None]:
+        """Of each answer, read at its last token; None for one that does not fit into the model."""
         self.place(self.device)
         assert self.scorer is not None
-        return self.scorer([a.prompt_ids for a in answers], [a.ids for a in answers])
+        limit = self.scorer.network.context_length
+        rows = [fitted(a.prompt_ids, a.ids, limit) for a in answers]
+        fitting = [row for row in rows if isinstance(row, Row)]
+        found = iter(self.scorer([r.prompt for r in fitting], [r.answer for r in fitting]) if fitting else [])
+        return [next(found) if isinstance(row, Row) else None for row in rows]
 
     def compare(self, first: Sequence[Answer], second: Sequence[Answer]) -> list[float]:
-        """By score; each answer is scored once."""
-        return by_score(self.scores(first), self.scores(second))
+        """By score; each answer is scored once, and one without a score ties with every other."""
+        return decided(self.scores(first), self.scores(second), f"reward model {self.config.model}")
 
 
 @final
@@ -94,17 +148,29 @@ class RewardJudge(Judge):
     """
 
     def __init__(self, rewards: list[RewardFunction]):
-        if not rewards:
-            raise ValueError(f"{KEY}.rewards: name at least one reward function")
+        require_names(rewards, f"{KEY}.rewards")
+        for function in rewards:
+            function.key = f"{KEY}.rewards.init_args"
         self.rewards = rewards
 
+    def place(self, device: torch.device, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Load the networks among the rewards."""
+        for function in self.rewards:
+            function.place(device)
+
     def compare(self, first: Sequence[Answer], second: Sequence[Answer]) -> list[float]:
-        """By reward."""
-        samples = [Sample(a.prompt, a.text, a.ids, "stop", None, {}) for a in (*first, *second)]
-        out = judge(self.rewards, samples)
-        rewards, valid, n = out.rewards.tolist(), out.valid.tolist(), len(first)
-        wins = by_score(rewards[:n], rewards[n:])
-        return [w if a and b else 0.5 for w, a, b in zip(wins, valid[:n], valid[n:], strict=True)]
+        """By reward.
+
+        Raises:
+            RewardError: No answer has a valid verdict.
+        """
+        answers = (*first, *second)
+        out = judge(self.rewards, [_sample(answer) for answer in answers])
+        if answers and not out.valid.any():
+            given = ", ".join(f"{name}: {reasons}" for name, reasons in zip(out.names, out.reasons, strict=True))
+            raise RewardError(f"{KEY}.rewards: no answer has a valid verdict ({given}), so nothing can be compared")
+        rewards = [r if ok else None for r, ok in zip(out.rewards.tolist(), out.valid.tolist(), strict=True)]
+        return decided(rewards[: len(first)], rewards[len(first) :], f"rewards {out.names} {out.reasons}")
 
     def close(self) -> None:
         """End what the rewards started."""
@@ -130,7 +196,10 @@ class PythonJudge(Judge):
         Raises:
             ValueError: It returned another number of verdicts, or one that is none.
         """
-        verdicts = list(self.function([a.prompt for a in first], [a.text for a in first], [b.text for b in second]))
+        found = self.function([a.prompt for a in first], [a.text for a in first], [b.text for b in second])
+        if not isinstance(found, Iterable):
+            raise ValueError(f"{KEY}.function: returned a {type(found).__name__}, not a list of verdicts")
+        verdicts = list(found)
         if len(verdicts) != len(first):
             raise ValueError(f"{KEY}.function: {len(verdicts)} verdicts for {len(first)} pairs")
         return [self._value(verdict) for verdict in verdicts]
@@ -140,6 +209,8 @@ class PythonJudge(Judge):
         if isinstance(verdict, str) or verdict is None:
             if verdict in named:
                 return named[verdict]
-        elif isinstance(verdict, int | float) and 0 <= verdict <= 1:
-            return float(verdict)
+        else:
+            read = to_verdict(verdict)  # numbers of numpy and torch too
+            if read.status == "scored" and 0 <= read.score <= 1:
+                return read.score
         raise ValueError(f"{KEY}.function: {verdict!r} is none of 'first', 'second', 'tie' or a number from 0 to 1")

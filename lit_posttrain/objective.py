@@ -12,6 +12,7 @@ from lit_posttrain.functional.advantages import Baseline, Scale, group_advantage
 from lit_posttrain.functional.kl import KLEstimator, kl_estimate
 from lit_posttrain.functional.masked import Aggregation, Totals, aggregate
 from lit_posttrain.functional.policy_losses import RatioLevel, clipped_policy_loss
+from lit_posttrain.functional.returns import LARGEST_ERROR
 
 KLPlacement = Literal["loss", "reward"]
 KEY = "model.init_args.objective"
@@ -94,7 +95,7 @@ class KLConfig:
         coef: Weight, >= 0, in reward units a nat. 0 computes no KL and needs no reference.
         target: KL of a whole answer, in nats, that ``coef`` is adapted to after every iteration (Ziegler et al.,
             1909.08593); null keeps ``coef``. Only where the KL is in the reward.
-        horizon: Answers over which it is adapted, > 0; set it with ``target``.
+        horizon: Answers over which it is adapted, > 0.2 times those of an iteration; set it with ``target``.
     """
 
     estimator: KLEstimator
@@ -120,6 +121,20 @@ class KLConfig:
                 raise ValueError(f"{KEY}.kl.{name}: must be finite and above 0, got {value}")
         if self.target is not None and (self.placement != "reward" or self.coef == 0):
             raise ValueError(f"{KEY}.kl.target: adapts a coef above 0 with placement: reward; unset it")
+
+    def check_answers(self, batch_size: int, group_size: int) -> None:
+        """See that no iteration can turn the coefficient negative.
+
+        Raises:
+            ValueError: The answers of one are too many for the horizon.
+        """
+        most = LARGEST_ERROR * batch_size * group_size
+        if self.horizon is not None and self.horizon <= most:
+            raise ValueError(
+                f"{KEY}.kl.horizon: counts answers, and must be above {LARGEST_ERROR} * batch_size * group_size = "
+                f"{LARGEST_ERROR} * {batch_size} * {group_size} = {most:g}, is {self.horizon:g}: one iteration could "
+                "make the coefficient 0 or negative; raise it"
+            )
 
 
 class PolicyLoss(NamedTuple):

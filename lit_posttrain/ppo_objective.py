@@ -92,6 +92,10 @@ class PPOObjective(PolicyObjective):
         if self.kl.placement == "reward" and self.kl.coef and self.kl.estimator != "k1":
             raise ValueError(f"{KEY}.kl.estimator: token rewards take k1, got {self.kl.estimator}")
         if not 0 <= self.missing_eos_penalty < math.inf:
-            raise ValueError(f"{KEY}.missing_eos_penalty: must be at least 0, got {self.missing_eos_penalty}")
+            raise ValueError(
+                f"{KEY}.missing_eos_penalty: must be finite and at least 0, got {self.missing_eos_penalty}"
+            )
+        if self.missing_eos_reward is not None and not math.isfinite(self.missing_eos_reward):
+            raise ValueError(f"{KEY}.missing_eos_reward: must be finite, got {self.missing_eos_reward}")
         if self.missing_eos_penalty and self.missing_eos_reward is not None:
             raise ValueError(f"{KEY}.missing_eos_penalty: missing_eos_reward replaces the score; set one of them")

@@ -1,6 +1,6 @@
 """The frozen reference policy that KL is measured against; never a part of the module tree."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
 
+from lit_posttrain.beside import beside, require_fits
 from lit_posttrain.checkpoint import CheckpointError, load_artefact, save_artefact, tensor_hash
 from lit_posttrain.policy import Policy, PolicyConfig
-from lit_posttrain.sharding import full_tensor, gather_objects, rank, shard, world_size
+from lit_posttrain.sharding import full_tensor, gather_objects, rank, reshard, shard, world_size
 from lit_posttrain.types import Sequences
+
+KEY = "model.init_args.reference"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +24,8 @@ class ReferenceConfig:
     """What the policy is held close to; only read where the objective has a KL.
 
     Args:
-        model: Folder or hub name; by default the policy as it was at the start (with LoRA: its base).
+        model: Folder or hub name; by default the policy as it was at the start (with LoRA: its base). Its tokenizer
+            must be the policy's.
         refresh_every: Copy the policy into the reference every so many iterations (DeepSeek-R1-Zero: 400).
     """
 
@@ -57,9 +62,7 @@ class Reference:
         if policy.config.lora is not None and None not in (config.model, config.refresh_every):
             raise ValueError("reference.refresh_every: with LoRA it needs reference.model: null (adapters are copied)")
         if policy.config.lora is None or config.model is not None:
-            own = self._own = replace(
-                policy.config, model=config.model or policy.config.model, lora=None, gradient_checkpointing=False
-            )
+            own = self._own = beside(policy.config, config.model, gradient_checkpointing=False)
             self.network = _frozen(own)
             if config.refresh_every is not None and _shapes(self.network) != _shapes(policy):
                 raise ValueError(
@@ -128,10 +131,22 @@ class Reference:
         finally:
             self._put(trained)
 
+    def require_fits(self, tokenizer: PreTrainedTokenizerBase, data: Any, *more: int) -> None:
+        """As :func:`lit_posttrain.beside.require_fits`, where it is another model than the policy."""
+        if self.network is not None and self.network.config.model != self.policy.config.model:
+            require_fits(self.network, self.policy, tokenizer, f"{KEY}.model", data, *more)
+
+    def refresh_if_due(self, iteration: int) -> None:
+        """Become the policy every ``refresh_every`` iterations."""
+        every = self.config.refresh_every
+        if every is not None and iteration > 0 and iteration % every == 0:
+            self.refresh(iteration)
+
     @torch.no_grad()
     def refresh(self, iteration: int) -> None:
         """Become the policy as it is now: values are copied, so later updates of the policy do not reach it."""
         self.refreshed_at, self._saved = iteration, None
+        reshard(self.policy)
         if self.network is None:
             self.adapters = {name: p.detach().clone() for name, p in self.policy.trainable()}
             return

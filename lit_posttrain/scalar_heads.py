@@ -21,7 +21,6 @@ from lit_posttrain.types import Sequences
 KEY = "model.init_args.policy.model"
 
 
-@final
 class ScoreNetwork(Policy):
     """A language model whose vocabulary head gave way to a scalar projection (InstructGPT, 2203.02155, section 3.5).
 
@@ -35,6 +34,8 @@ class ScoreNetwork(Policy):
 
     entry_points: tuple[str, ...] = ()
     lora_task = "SEQ_CLS"
+    key = KEY
+    needs_head = False
     gain: Tensor
     shift: Tensor
 
@@ -45,7 +46,7 @@ class ScoreNetwork(Policy):
 
     def load(self, config: PolicyConfig) -> PreTrainedModel:
         """The network as a sequence classifier in fp32, dropout off, in training mode."""
-        return load_classifier(config.model, KEY, config.revision)
+        return load_classifier(config.model, self.key, config.revision, needs_head=self.needs_head)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]: scores, not log-probs
         self, sequences: Sequences, at: Bool[Tensor, "b s"]
@@ -80,6 +81,22 @@ def last_tokens(sequences: Sequences) -> Bool[Tensor, "b s"]:
     return positions == sequences.lengths[:, None] - 1
 
 
+@final
+class TrainedScoreNetwork(ScoreNetwork):
+    """A reward model's, head included: a language model is none.
+
+    Args:
+        config: What to load.
+        key: The YAML key that names it.
+    """
+
+    needs_head = True
+
+    def __init__(self, config: PolicyConfig, key: str):
+        self.key = key
+        super().__init__(config)
+
+
 class Scorer:
     """A frozen reward model that scores rows within a token budget.
 
@@ -87,11 +104,12 @@ class Scorer:
         config: What to load.
         device: Where to.
         token_budget: Most tokens, padding included, in one forward pass.
+        key: The YAML key that names it.
     """
 
-    def __init__(self, config: PolicyConfig, device: torch.device, token_budget: int):
+    def __init__(self, config: PolicyConfig, device: torch.device, token_budget: int, key: str):
         self.device, self.token_budget = device, token_budget
-        self.network = ScoreNetwork(config).requires_grad_(False).eval().to(device)
+        self.network = TrainedScoreNetwork(config, key).requires_grad_(False).eval().to(device)
         self.network.build_view(device, sharded=False)
 
     @torch.no_grad()
@@ -106,11 +124,12 @@ class Scorer:
         return scores.tolist()
 
 
-def load_classifier(model: str, key: str, revision: str | None = None) -> PreTrainedModel:
+def load_classifier(model: str, key: str, revision: str | None = None, *, needs_head: bool = False) -> PreTrainedModel:
     """A HF sequence classifier with one label and a biased head, from a causal LM's folder or a classifier's.
 
     Raises:
-        ValueError: transformers has no such class for the architecture, or the files do not fit it.
+        ValueError: transformers has no such class for the architecture, or the files do not fit it; or ``needs_head``
+            and they hold no head.
     """
     folder = model_folder(model, key, revision=revision, weights=True)
     config = AutoConfig.from_pretrained(folder)
@@ -131,6 +150,11 @@ def load_classifier(model: str, key: str, revision: str | None = None) -> PreTra
         raise ValueError(
             f"{key}: the files in {folder} lack {len(lacking)} of the weights of a {network_class.__name__}, "
             f"{lacking[0]} among them"
+        )
+    if needs_head and "score.weight" in missing:
+        raise ValueError(
+            f"{key}: {folder} is a language model without a reward model's head, and its scores would be random; name "
+            "a folder that `lit-posttrain export` wrote of a reward model"
         )
     if "score.weight" in missing:
         _initialise(network.score, config.get_text_config().hidden_size)

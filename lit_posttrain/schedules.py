@@ -1,10 +1,11 @@
 """Learning-rate schedules by their shape: warm-up, then constant, linear or cosine down to a share of the peak."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, final
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
 @final
@@ -74,3 +75,27 @@ class Schedule(LRScheduler):
         x = min(1.0, (iteration - self.warmup_steps) / max(1, self._length - self.warmup_steps))
         left = 1 - x if self.decay == "linear" else (1 + math.cos(math.pi * x)) / 2
         return self.final_ratio + (1 - self.final_ratio) * left
+
+
+def begin(schedule: Any, run_length: Callable[[], int | None] | None) -> None:
+    """Tell a schedule how long the run is, where it asks for that.
+
+    Args:
+        schedule: As built from the configuration.
+        run_length: Gives the run's iterations, None for one without an end; None where nothing is trained.
+
+    Raises:
+        ValueError: Nobody says where it ends, or it does not follow from the iteration.
+    """
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise ValueError(
+            "model.init_args.scheduler: ReduceLROnPlateau waits for a metric, and here the rate follows from the "
+            "iteration; use lit_posttrain.schedules.Schedule, or another of torch's schedulers"
+        )
+    if run_length is not None and isinstance(schedule, Schedule) and schedule.open_ended:
+        if (steps := run_length()) is None:
+            raise ValueError(
+                "model.init_args.scheduler.init_args.total_steps: set it, or trainer.max_epochs or "
+                "trainer.max_steps, so that the schedule knows where it ends"
+            )
+        schedule.run_for(steps)

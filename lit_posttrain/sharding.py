@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,15 @@ class ShardedStrategy(ModelParallelStrategy):
         if self._data_parallel_size == "auto":
             self._data_parallel_size = self.num_nodes * self.num_processes // int(self._tensor_parallel_size)
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """The weights are filled here, so the module looks at what the checkpoint is from before that."""
+        path = Path(self.broadcast(checkpoint_path))
+        saved = torch.load(path / "meta.pt" if path.is_dir() else path, "cpu", weights_only=weights_only, mmap=True)
+        require: Any = getattr(self.lightning_module, "require_structure", None)
+        if require is not None:
+            require(saved["lit_posttrain"])
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, methods: Sequence[str] = (), frozen: bool = False):
@@ -97,6 +107,13 @@ def unsharded(network: nn.Module) -> Iterator[None]:
         for module in modules:
             module.reshard()
             module.set_reshard_after_forward(module is not network, recurse=False)
+
+
+def reshard(network: nn.Module) -> None:
+    """Have a network's parameters be this rank's shards, also after a forward that no backward followed."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def all_reduce_sum(values: Sequence[int | float], device: torch.device) -> list[float]:

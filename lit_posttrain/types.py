@@ -67,6 +67,7 @@ class Example(NamedTuple):
         columns: By name, one number a completion (``label``, ``preference``, ...) or one a completion token
             (``step_labels``).
         origin: Where it stands, for messages.
+        messages: The prompt as a conversation, where it is one: for judges that read text.
     """
 
     prompt: list[int]
@@ -74,6 +75,7 @@ class Example(NamedTuple):
     masks: list[list[bool]]
     columns: dict[str, list[float] | list[list[float]]]
     origin: str
+    messages: list[dict[str, str]] | None = None
 
 
 class ExampleBatch(NamedTuple):

@@ -246,6 +246,15 @@ def test_what_the_user_can_mend_is_one_line(run, capsys, fault):
     )
 
 
+@pytest.mark.parametrize(
+    ("word", "instead"),
+    [("gradient_clip_val=1.0", "init_args.max_grad_norm"), ("accumulate_grad_batches=2", "init_args.token_budget")],
+)
+def test_keys_that_lightning_refuses_for_our_steps_name_ours(run, capsys, word, instead):
+    code, line = refused(run, capsys, "fit", "--config", "base.yaml", f"--trainer.{word}")
+    assert (code, line.startswith(f"lit-posttrain: trainer.{word.split('=')[0]}: "), instead in line) == (2, True, True)
+
+
 def test_a_missing_data_file_is_one_line(run, capsys):
     code, line = refused(run, capsys, "fit", "--config", "base.yaml", "--data.fault=missing@train_dataloader")
     assert (code, "No such file" in line, "rows.jsonl" in line) == (2, True, True)

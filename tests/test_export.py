@@ -178,3 +178,31 @@ def test_a_moving_average_is_what_is_exported(tiny_model: Path, tmp_path: Path, 
         torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=1e-5)
     for name, parameter in AutoModelForCausalLM.from_pretrained(tmp_path / "last").named_parameters():
         torch.testing.assert_close(parameter.detach(), seen[1][name])
+
+
+def test_a_moving_average_of_adapters_is_merged_from_a_checkpoint_without_the_base(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from ppo_runs import ppo
+    from tiny_runs import fit, prompts
+
+    from lit_posttrain.callbacks import CheckpointEvery
+
+    module = ppo(tiny_model, lr=0.5, ema_decay=0.75, policy={"lora": LoraConfig(r=2, alpha=4)})
+    fit(module, prompts(tiny_model, tmp_path), tmp_path, CheckpointEvery(2), max_steps=2)
+    given = {"policy": {"model": str(tiny_model), "lora": {"r": 2, "alpha": 4}}}
+    model = {"class_path": "lit_posttrain.algorithms.PPO", "init_args": given}
+    (tmp_path / "version_0" / "config.yaml").write_text(yaml.safe_dump({"seed_everything": 1, "model": model}))
+    state = torch.load(tmp_path / "version_0/checkpoints/step-2/state.ckpt", weights_only=True)["state_dict"]
+    saved = {name.removeprefix("average.") for name in state if name.startswith("average.")}
+    assert saved == {f"model.{name}" for name, _ in module.built_policy().trainable()}
+    export(str(tmp_path / "version_0"), str(tmp_path / "out"))
+    assert module.average is not None
+    module.average.save_pretrained(tmp_path / "expected")
+    exported, expected, start = (
+        dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
+        for folder in (tmp_path / "out", tmp_path / "expected", tiny_model)
+    )
+    for name, parameter in exported.items():
+        torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=1e-5)
+    assert max(float((exported[n] - start[n]).abs().max()) for n in exported) > 1e-4

@@ -21,6 +21,7 @@ LAYERS = [
     ["model_files"],
     ["scoring"],
     ["policy"],
+    ["beside"],
     ["durable", "position", "checkpoint"],
     ["reference"],
     ["reference_cache"],
@@ -115,7 +116,7 @@ def test_imports_point_up() -> None:
 
 def test_algorithms_do_not_import_each_other() -> None:
     shared = {"base", "evaluation", "generations", "measures", "offline", "online", "preference", "reporting"}
-    shared |= {"averaging", "pretraining", "samples", "sampling", "watching"}
+    shared |= {"averaging", "pretraining", "samples", "sampling", "structure", "watching"}
     wrong = [
         f"{place} imports {name}"
         for place, here, source, name in edges()

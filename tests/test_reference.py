@@ -10,6 +10,7 @@ from tiny import write_tiny_model
 from torch import Tensor
 
 from lit_posttrain.batching import pad_sequences
+from lit_posttrain.beside import beside
 from lit_posttrain.checkpoint import checkpoints_folder
 from lit_posttrain.functional.kl import kl_estimate
 from lit_posttrain.policy import LoraConfig, Policy, PolicyConfig
@@ -243,3 +244,10 @@ def test_what_could_never_be_refreshed_is_refused_at_once(tiny_model: Path, tmp_
     wider = write_tiny_model(tmp_path / "wider", intermediate_size=80)
     with pytest.raises(ValueError, match=r"reference\.refresh_every.*shape"):
         pair(tiny_model, model=str(wider), refresh_every=2)
+
+
+def test_a_revision_and_a_tokenizer_go_with_their_own_model() -> None:
+    policy = PolicyConfig(model="a", tokenizer="t", revision="r", lora=LoraConfig())
+    same = PolicyConfig(model="a", tokenizer="t", revision="r")
+    assert beside(policy, None) == beside(policy, "a") == same
+    assert beside(policy, "b", gradient_checkpointing=True) == PolicyConfig(model="b", gradient_checkpointing=True)

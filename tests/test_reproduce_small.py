@@ -1,7 +1,9 @@
 """Reproductions in the small world: quick runs, and what decides a verdict."""
 
 import importlib
+import itertools
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -15,21 +17,27 @@ from transformers import AutoModelForCausalLM
 
 def quick(reproduce: ModuleType, identifier: str, folder: Path) -> dict[str, Any]:
     """Figures of a quick run with one seed, which leaves a picture."""
-    reproduce.main([identifier, "--quick", "--seeds", "0", "--output", str(folder)])
+    reproduce.main([identifier, "--quick", "--seeds", "1", "--first", "0", "--output", str(folder)])
     assert (folder / identifier / f"{identifier.lower()}.png").stat().st_size > 5000
     (f,) = json.loads((folder / identifier / "result.json").read_text())["seeds"]
     return f
 
 
 def test_every_arm_of_the_frontiers(reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("BETAS", "NOISY_BETAS", "COEFS", "LEARNED_COEFS"):  # a run of each, not four
-        monkeypatch.setattr(reproduce.load("E3"), name, (0.1,))
+    for name, value in (
+        ("BETAS", 0.1),
+        ("NOISY_BETAS", 0.1),
+        ("COEFS", 0.1),
+        ("TARGETS", 3.0),
+        ("LEARNED_TARGETS", 3.0),
+    ):
+        monkeypatch.setattr(reproduce.load("E3"), name, (value,))  # a run of each, not four
     f = quick(reproduce, "E3", tmp_path)
     for beta, kl, reward in ((0.1, 4.216675, 2.484760), (0.5, 1.198484, 1.707256), (2, 0.078321, 0.767740)):
         assert f[f"tabular_kl_{beta}"] == pytest.approx(kl, abs=2e-3)
         assert f[f"tabular_reward_{beta}"] == pytest.approx(reward, abs=2e-3)
     runs = {name.removeprefix("kl_").rsplit("_", 1)[0] for name in f if name.startswith("kl_")}
-    assert runs == {"dpo_0.1", "noisy_0.1", "ppo_0.1", "learned_0.1", "preferred_ft"}
+    assert runs == {"dpo_0.1", "noisy_0.1", "ppo_c0.1", "ppo_3", "learned_3", "preferred_ft"}
     for end in ("", "_to_4"):
         assert f[f"dpo_minus_ppo{end}"] == pytest.approx(f[f"height_dpo{end}"] - f[f"height_ppo{end}"], abs=1e-6)
         assert f[f"dpo_minus_ppo{end}_low"] <= f[f"dpo_minus_ppo{end}"] <= f[f"dpo_minus_ppo{end}_high"]
@@ -110,6 +118,59 @@ def test_too_much_of_a_good_thing(reproduce: ModuleType) -> None:
     assert [reproduce.load("E2").gold(t) for t in texts] == [0.0, 1.0, 3.0, 1.5, 0.0, -3.0]
 
 
+def test_the_best_of_every_size(reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    e2b = reproduce.load("E2b")
+    monkeypatch.setattr(e2b, "N", 16)
+    monkeypatch.setattr(e2b, "AT_ONCE", 3)
+    monkeypatch.setattr(e2b, "COMPARISONS", (20, 60))
+    monkeypatch.setattr(e2b, "MODELS", [(20, 64), (60, 64), (60, 8)])
+    f = quick(reproduce, "E2b", tmp_path)
+    for label in ("n20_w64", "n60_w64", "n60_w8"):
+        assert f[f"{label}_gold_1"] == f["n20_w64_gold_1"]  # the mean of the same samples
+        proxies = [f[f"{label}_proxy_{n}"] for n in (1, 2, 4, 8, 16)]
+        assert proxies == sorted(proxies)
+        assert 0 <= f[f"{label}_accuracy"] <= 1
+        assert f[f"{label}_fall"] >= 0
+        assert 0 <= f[f"{label}_peak_kl"] <= math.log(16) - 15 / 16
+    assert len({f[f"{label}_gold_16"] for label in ("n20_w64", "n60_w64", "n60_w8")}) > 1
+
+
+def test_the_best_of_n_is_the_mean_over_all_subsets(reproduce: ModuleType) -> None:
+    best_of = reproduce.load("E2b").best_of
+    proxy, golds = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12.0).view(2, 6) ** 2
+    for n in range(1, 7):
+        for row in range(2):
+            subsets = list(itertools.combinations(range(6), n))
+            best = [float(golds[row, max(s, key=lambda i: proxy[row, i])]) for s in subsets]
+            assert float(best_of(proxy, golds, n)[row]) == pytest.approx(sum(best) / len(best), rel=1e-6)
+
+
+def test_the_kl_of_the_best_of_n(reproduce: ModuleType) -> None:
+    e2b = reproduce.load("E2b")
+    # Over many equally likely answers the best of n has the density n u^(n-1) of its rank u in (0, 1).
+    u = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    for n in (1, 2, 64):
+        density = n * u ** (n - 1)
+        assert e2b.kl_of(n) == pytest.approx(float((density * density.clamp(min=1e-300).log()).mean()), abs=1e-4)
+
+
+def test_the_curve_of_best_of_n_is_fitted(reproduce: ModuleType) -> None:
+    e2b = reproduce.load("E2b")
+    d = [0.1 * i for i in range(12)]
+    assert e2b.quadratic(d, [x * (2.0 - 0.5 * x) for x in d]) == pytest.approx((2.0, 0.5, 1.0))
+    alpha, beta, r2 = e2b.quadratic([0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 0.0, 1.0])
+    assert r2 < 0.9
+    x, y = torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    residual = y - x * (alpha - beta * x)
+    assert [float((residual * x**k).sum()) for k in (1, 2)] == pytest.approx([0.0, 0.0], abs=1e-5)  # normal equations
+
+
+def test_pairs_that_gold_ties_do_not_count(reproduce: ModuleType) -> None:
+    golds = torch.tensor([[1.0, 2.0, 3.0, 3.0, 2.0, 0.0]])
+    proxy = torch.tensor([[0.0, 5.0, 1.0, 0.0, 0.0, 1.0]])
+    assert reproduce.load("E2b").accuracy(proxy, golds) == pytest.approx(0.5)
+
+
 def test_comparisons_go_by_gold(reproduce: ModuleType, tmp_path: Path) -> None:
     e2, world = reproduce.load("E2"), importlib.import_module("small_world")
     world.pretrain(tmp_path, 0, 20, layers=2, width=64)
@@ -152,6 +213,11 @@ def test_demonstrations_go_on_where_the_prompt_ends(reproduce: ModuleType) -> No
 
 GOOD: dict[str, dict[str, float]] = {
     "E1": {"rise_ppo": 1.0, "removed": 0.9, "reward_ptx": 0.9, "reward_ppo": 0.91},
+    "E2b": {
+        "n300_w64_peak_kl": 1.0,
+        "n10000_w64_peak_kl": 2.0,
+        **{f"n{n}_w64_r2": 0.95 for n in (300, 1000, 3000, 10000)},
+    },
     "E2": {
         "n1000_rise": 1.0,
         "n1000_fall": 1.0,

@@ -151,6 +151,12 @@ def test_without_an_end_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> Non
         fit(run, data("sft", tiny_model, tmp_path), tmp_path, max_steps=-1, max_epochs=-1)
 
 
+def test_a_schedule_that_waits_for_a_metric_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    with pytest.raises(ValueError, match=r"model\.init_args\.scheduler: ReduceLROnPlateau"):
+        fit(module("sft", tiny_model, scheduler=plateau), data("sft", tiny_model, tmp_path), tmp_path)
+
+
 class Enough(Callback):
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         trainer.should_stop = trainer.global_step == 3

@@ -3,6 +3,19 @@
 import torch
 
 from lit_posttrain.policy import Policy
+from lit_posttrain.sharding import reshard
+
+
+@torch.no_grad()
+def begin_average(average: Policy, policy: Policy) -> None:
+    """Begin at the policy: adapters, and a head beside the network's, are drawn anew for every network.
+
+    Args:
+        average: Changed in place; sharded like the policy.
+        policy: As it is at the start.
+    """
+    for mine, theirs in zip(average.parameters(), policy.parameters(), strict=True):
+        mine.copy_(theirs)
 
 
 @torch.no_grad()
@@ -14,6 +27,7 @@ def move_average(average: Policy, policy: Policy, decay: float) -> None:
         policy: As it is after an iteration's updates.
         decay: 0 to 1.
     """
+    reshard(policy)
     trained = dict(policy.trainable())
     for name, parameter in average.model.named_parameters():
         if name in trained:

@@ -1,5 +1,6 @@
 """What every algorithm shares: the policy, one function for one optimizer step, and what a checkpoint holds."""
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Container, Sequence
@@ -13,11 +14,12 @@ from torch import Tensor, nn
 
 from lit_posttrain import gates, randomness
 from lit_posttrain.algorithms.reporting import Reporting
+from lit_posttrain.algorithms.structure import require_same, structure_of
 from lit_posttrain.batching import TOKEN_BUDGET, to_device
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
 from lit_posttrain.precision import describe_hardware
-from lit_posttrain.schedules import Schedule
+from lit_posttrain.schedules import begin
 from lit_posttrain.sharding import (
     add_gradients,
     all_reduce_sum,
@@ -58,8 +60,10 @@ class PostTrainModule(Reporting, ABC):
         super().__init__()
         if token_budget < 1:
             raise ValueError(f"model.init_args.token_budget: must be at least 1, is {token_budget}")
-        if max_grad_norm is not None and max_grad_norm <= 0:
-            raise ValueError(f"model.init_args.max_grad_norm: must be above 0, is {max_grad_norm}; null does not clip")
+        if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+            raise ValueError(
+                f"model.init_args.max_grad_norm: must be finite and above 0, is {max_grad_norm}; null does not clip"
+            )
         self.automatic_optimization = False
         self.strict_loading = policy.lora is None
         self.policy_config = policy
@@ -109,13 +113,7 @@ class PostTrainModule(Reporting, ABC):
             return optimizer
         prime(optimizer)
         schedule = self.make_scheduler(optimizer)
-        if isinstance(schedule, Schedule) and schedule.open_ended and self.trainer.state.fn == "fit":
-            if (steps := self.run_length()) is None:
-                raise ValueError(
-                    "model.init_args.scheduler.init_args.total_steps: set it, or trainer.max_epochs or "
-                    "trainer.max_steps, so that the schedule knows where it ends"
-                )
-            schedule.run_for(steps)
+        begin(schedule, self.run_length if self.trainer.state.fn == "fit" else None)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def parameter_groups(self) -> list[Any]:
@@ -290,7 +288,8 @@ class PostTrainModule(Reporting, ABC):
     def counters(self) -> dict[str, Any]:
         """Everything besides weights, optimizer and schedule that a resume needs; the one place to declare it."""
         dtype = self.policy.compute_dtype if self.policy is not None else None
-        return {"seed": randomness.run_seed(), "compute_dtype": str(dtype), "bad_steps": self.bad_steps}
+        own = {"seed": randomness.run_seed(), "compute_dtype": str(dtype), "bad_steps": self.bad_steps}
+        return {**own, "structure": self.structure()}
 
     def restore_counters(self, counters: dict[str, Any]) -> None:
         """Take over what ``counters`` returned.
@@ -313,13 +312,27 @@ class PostTrainModule(Reporting, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the counters; with LoRA drop the frozen base, which the model folder holds."""
         checkpoint["lit_posttrain"] = self.counters()
-        if self.policy_config.lora is not None:
+        # What is loaded in shards must hold every tensor of the module.
+        if self.policy_config.lora is not None and self.device_mesh is None:
             kept = self.built_policy().saved_with_adapters()
+            kept |= {name.replace("policy.", "average.", 1) for name in kept}
+            whole = ("policy.", "average.")
             state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept or not k.startswith("policy.")}
+            checkpoint["state_dict"] = {k: v for k, v in state.items() if k in kept or not k.startswith(whole)}
+
+    def structure(self) -> dict[str, Any]:
+        """What the networks and their text are made of, by YAML key; a run goes on only where none of it changed."""
+        assert self.policy is not None, "configure_model comes first"
+        return structure_of(self.policy)
+
+    def require_structure(self, counters: dict[str, Any]) -> None:
+        """Refuse to go on from a run that is made otherwise; called before any of its weights is loaded."""
+        if self.trainer.state.fn == "fit" and "structure" in counters:
+            require_same(counters["structure"], self.structure())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the counters until the policy is on its device."""
+        self.require_structure(checkpoint["lit_posttrain"])
         self.loaded_counters = checkpoint["lit_posttrain"]
         self._loaded_step = int(checkpoint["global_step"])
 

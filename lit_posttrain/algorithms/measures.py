@@ -10,7 +10,7 @@ from torch import Tensor
 from lit_posttrain.rewards.base import RewardFunction
 from lit_posttrain.rewards.callables import PythonReward
 from lit_posttrain.rollout.collect import Rollout
-from lit_posttrain.sharding import gather_objects
+from lit_posttrain.sharding import all_reduce_sum, gather_objects
 from lit_posttrain.types import MicroBatch, StepResult
 
 
@@ -44,8 +44,10 @@ def rollout_sums(
         extremes["sampling/sampling_logp_difference/max"] = gap.abs().amax()
         extremes["sampling/importance_sampling_ratio/max"] = ratio.where(mask, 0.0).amax()
         extremes["sampling/importance_sampling_ratio/min"] = -ratio.where(mask, torch.inf).amin()
+        sums["drawn/entropy"] = -log_probs.where(mask, 0.0).sum()
         if "ref_log_probs" in batch.columns:
-            sums["reference_gap"] = (log_probs - batch.columns["ref_log_probs"]).where(mask, 0.0).abs().sum()
+            apart = (log_probs - batch.columns["ref_log_probs"]).where(mask, 0.0)
+            sums["reference_gap"], sums["drawn/kl"] = apart.abs().sum(), apart.sum()
     return sums, extremes
 
 
@@ -116,7 +118,8 @@ def _updates(results: Sequence[StepResult]) -> dict[str, float]:
             metrics[name] /= fraction if name in firsts else overall
     if "val/ratio_square" in metrics:
         metrics["val/ratio_var"] = max(0.0, metrics.pop("val/ratio_square") - metrics["val/ratio"] ** 2)
-    metrics.pop("reference_gap", None)
+    for name in ("reference_gap", "drawn/kl", "drawn/entropy"):
+        metrics.pop(name, None)
     for name, value in results[0].extremes.items():
         if math.isfinite(value):  # else no token was scored on any rank
             metrics[name] = -value if name.endswith("/min") else value
@@ -126,6 +129,35 @@ def _updates(results: Sequence[StepResult]) -> dict[str, float]:
     metrics["grad_norm"] = _mean([r.grad_norm for r in results if r.applied])
     metrics["skipped_updates"] = float(sum(not r.applied for r in results))
     return metrics
+
+
+def per_answer(rollout: Rollout, values: Tensor | None, mean: float | None, device: torch.device) -> float | None:
+    """Mean over answers of a sum over their tokens. Collective; None where neither is known.
+
+    Args:
+        rollout: This rank's.
+        values: The tokens'.
+        mean: Over all tokens of the iteration; read where ``values`` is None.
+        device: Of the collective.
+    """
+    mask = rollout.mask
+    own = 0.0 if values is None else float(values.where(mask, 0.0).sum())
+    tokens, answers, total = all_reduce_sum([int(mask.sum()), int(mask.any(-1).sum()), own], device)
+    if values is None and mean is None:
+        return None
+    return (total if mean is None or values is not None else mean * tokens) / max(answers, 1.0)
+
+
+def explained_variance(returns: Tensor, values: Tensor, mask: Tensor, device: torch.device) -> float:
+    """1 - mean((R - V)^2) / var(R) over all ranks' tokens; 0 where the returns differ by rounding alone. Collective."""
+    returns, values = (x.double().where(mask, 0.0) for x in (returns, values))
+    sums = [int(mask.sum()), float(returns.sum()), float((returns.square() + values.square()).sum())]
+    tokens, total, squares = all_reduce_sum(sums, device)
+    # About the mean in a second pass: a difference of squares would be rounding where the returns are nearly equal.
+    centred = (returns - total / max(tokens, 1.0)).where(mask, 0.0)
+    spread, error = all_reduce_sum([float(centred.square().sum()), float((returns - values).square().sum())], device)
+    # fp32 returns are values plus advantages: their rounding is relative to both.
+    return 1.0 - error / spread if spread > 1e-10 * squares + 1e-16 * tokens else 0.0
 
 
 def reported(rewards: Sequence[RewardFunction]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_posttrain import gates, randomness
-from lit_posttrain.algorithms.averaging import move_average
+from lit_posttrain.algorithms.averaging import begin_average, move_average
 from lit_posttrain.algorithms.evaluation import EvaluationConfig
 from lit_posttrain.algorithms.measures import rollout_sums
 from lit_posttrain.algorithms.pretraining import Pretraining, PtxConfig
@@ -24,9 +24,9 @@ from lit_posttrain.objective import PolicyObjective
 from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
 from lit_posttrain.reference import Reference, ReferenceConfig
 from lit_posttrain.rewards.base import RewardFunction, judge
-from lit_posttrain.rollout.collect import Rollout, assemble, generate, to_samples
+from lit_posttrain.rollout.collect import Rollout, assemble, generate, minibatch_rows, to_samples
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
-from lit_posttrain.sharding import all_reduce_sum, same_number, shard, world_size
+from lit_posttrain.sharding import all_reduce_sum, same_number, shard
 from lit_posttrain.types import Loss, MicroBatch, PromptBatch, StepResult, Stream
 
 
@@ -127,6 +127,7 @@ class OnlineModule(WatchedModule):
                     f"model.init_args.num_minibatches: {self.num_minibatches} does not divide batch_size * group_size "
                     f"= {data.batch_size} * {self.group_size} = {total}"
                 )
+            self.objective.kl.check_answers(data.batch_size, self.group_size)
             if self.pretraining is not None:
                 self.pretraining.setup(self, total, load_tokenizer(self.policy_config))
 
@@ -137,6 +138,8 @@ class OnlineModule(WatchedModule):
             self.pretraining.check_fits(policy.context_length)
         if self.objective.needs_reference and self.trainer.state.fn == "fit":
             self.reference = Reference(policy, self.reference_config)
+            data = getattr(self.trainer, "datamodule", None)
+            self.reference.require_fits(self.tokenizer, data, self.sampling.max_new_tokens)
 
     def configure_model(self) -> None:
         """Also the average of the weights."""
@@ -145,6 +148,8 @@ class OnlineModule(WatchedModule):
             self.average = self.network_class(self.policy_config).requires_grad_(False)
             if self.device_mesh is not None:
                 shard(self.average, self.device_mesh, torch.float32, frozen=True)
+            assert self.policy is not None
+            begin_average(self.average, self.policy)
 
     def on_fit_start(self) -> None:
         """Place the reference beside the policy."""
@@ -166,9 +171,10 @@ class OnlineModule(WatchedModule):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration: refresh the reference, collect, score, credit, then every update."""
         started, self.seconds = time.perf_counter(), defaultdict(float)
-        iteration, rate = self.trainer.global_step, self.learning_rate()
+        iteration, self.rates = self.trainer.global_step, self.learning_rates()
         self.seed_iteration()
-        self._refresh_reference(iteration)
+        if self.reference is not None:
+            self.reference.refresh_if_due(iteration)
         rollout = self.collect(batch, iteration)
         self.require_verdicts(rollout)
         scored = self.score(rollout)
@@ -177,8 +183,8 @@ class OnlineModule(WatchedModule):
         if self.average is not None and self.ema_decay is not None:
             move_average(self.average, self.built_policy(), self.ema_decay)
         self.check_gates(rollout, results, iteration)
-        measured = self.measure(rollout, {**scored, **columns}, results)
-        self.log_iteration(rollout, columns, results, measured, iteration, rate, time.perf_counter() - started)
+        measured = self.measure(rollout, {**scored, **columns}, results, iteration)
+        self.log_iteration(rollout, columns, results, measured, iteration, time.perf_counter() - started)
 
     def collect(self, batch: PromptBatch, iteration: int) -> Rollout:
         """(1) Sample a group of completions for each prompt and have them judged."""
@@ -240,7 +246,7 @@ class OnlineModule(WatchedModule):
         steps = [(e, m) for e in range(self.num_epochs) for m in range(self.num_minibatches)]
         results = []
         for number, (epoch, minibatch) in enumerate(steps):
-            rows = self._minibatch(rollout, iteration, epoch, minibatch)
+            rows = minibatch_rows(rollout, iteration, epoch, minibatch, self.num_minibatches)
             mask = rollout.mask[rows]
             totals = Totals(*all_reduce_sum([int(mask.any(-1).sum()), int(mask.sum())], self.device))
             kept = rows[contributes[rows]]
@@ -250,7 +256,7 @@ class OnlineModule(WatchedModule):
                 rollout.sequences, rollout.mask, present, self.token_budget, kept, packed=self._packs(rollout)
             )
             streams = self.streams(batches, totals, present, iteration)
-            if self.pretraining is not None:
+            if self.pretraining is not None and "policy" not in self.still(iteration):
                 streams.append(self.pretraining.stream(self, iteration, epoch, minibatch))
             with self.timed_phase("update", sum(len(s.micro_batches) for s in streams)):
                 last = number == len(steps) - 1
@@ -266,15 +272,6 @@ class OnlineModule(WatchedModule):
     def still(self, iteration: int) -> Container[str]:
         """Names of parameter groups that do not move in this iteration."""
         return ()
-
-    def _minibatch(self, rollout: Rollout, iteration: int, epoch: int, number: int) -> Tensor:
-        """This rank's rows of a random share of the whole batch, the same whatever the world size."""
-        if self.num_minibatches == 1:
-            return torch.arange(len(rollout.rows))
-        total = len(rollout.rows) * world_size()
-        order = randomness.permutation(total, randomness.run_seed(), "minibatches", iteration, epoch)
-        chosen = set(order.view(self.num_minibatches, -1)[number].tolist())
-        return torch.tensor([i for i, row in enumerate(rollout.rows) if row in chosen], dtype=torch.long)
 
     def _packs(self, rollout: Rollout) -> bool:
         return self.built_policy().packs(rollout.sequences.ids.shape[1])
@@ -312,12 +309,16 @@ class OnlineModule(WatchedModule):
         gradient = self.objective.entropy_coef > 0
         return {"with_entropy": gradient or self.logger is not None, "entropy_gradient": gradient}
 
-    def _refresh_reference(self, iteration: int) -> None:
-        every = self.reference_config.refresh_every
-        if self.reference is not None and every is not None and iteration > 0 and iteration % every == 0:
-            self.reference.refresh(iteration)
-
     # --- checkpoints ------------------------------------------------------------------------------------------
+
+    def structure(self) -> dict[str, Any]:
+        """Also average and text, whose position follows from the number of updates."""
+        updates = f"num_epochs {self.num_epochs}, num_minibatches {self.num_minibatches}"
+        return {
+            **super().structure(),
+            "model.init_args.ema_decay": None if self.average is None else "a moving average",
+            "model.init_args.ptx": None if self.pretraining is None else f"text for {updates}",
+        }
 
     def counters(self) -> dict[str, Any]:
         """Also what was counted, the KL's weight, which reference, and how far the pretraining text was read."""
@@ -331,9 +332,9 @@ class OnlineModule(WatchedModule):
         """Also all of that."""
         super().restore_counters(counters)
         self.num_tokens, self.episodes = counters["num_tokens"], counters["episodes"]
-        self.kl_coef = counters["kl_coef"]
-        for function in self.rewards:
-            function.restore(counters["rewards"].get(function.name, {}))
+        if self.objective.kl.target is not None:
+            self.kl_coef = counters["kl_coef"]
+        self.restore_rewards()
         if self.pretraining is not None:
             self.pretraining.restore(counters["ptx"])
         if self.reference is not None and counters["reference"] is not None:

@@ -1,15 +1,18 @@
 """PPO for answers, as InstructGPT and its predecessors have it: a critic's values, token rewards with KL, GAE."""
 
 import time
+import warnings
 from collections.abc import Callable, Container
-from dataclasses import replace
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lit_posttrain.algorithms.measures import explained_variance, per_answer
 from lit_posttrain.algorithms.online import OnlineModule
-from lit_posttrain.critic import CriticConfig, ValuePolicy, values_of
+from lit_posttrain.algorithms.structure import size_of
+from lit_posttrain.beside import require_fits
+from lit_posttrain.critic import KEY, CriticConfig, ValuePolicy, load_critic, values_of
 from lit_posttrain.functional.masked import Totals, aggregate, whiten
 from lit_posttrain.functional.returns import (
     Credit,
@@ -18,7 +21,7 @@ from lit_posttrain.functional.returns import (
     generalised_advantages,
     token_rewards,
 )
-from lit_posttrain.policy import PolicyConfig, causal_lm
+from lit_posttrain.policy import PolicyConfig
 from lit_posttrain.ppo_objective import PPOObjective
 from lit_posttrain.rewards.base import RewardFunction
 from lit_posttrain.rollout.collect import Rollout
@@ -74,9 +77,20 @@ class PPO(OnlineModule):
         if critic.shared:
             self.network_class = ValuePolicy
         self.critic: ScoreNetwork | None = None
-        self._began = time.monotonic()
+        self._began = time.monotonic(), 0
 
     # --- building ---------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Also say so where the policy would never be trained."""
+        super().setup(stage)
+        steps = self.run_length() if stage == "fit" else None
+        if steps is not None and steps <= self.waits:
+            warnings.warn(
+                f"{KEY}.warmup: the run has {steps} iterations, and in the first {self.waits} only the critic learns, "
+                "so the policy is never trained; lower it",
+                stacklevel=2,
+            )
 
     def configure_model(self) -> None:
         """Load the critic beside the policy."""
@@ -84,25 +98,20 @@ class PPO(OnlineModule):
         config = self.critic_config
         if config.shared or self.critic is not None:
             return
-        own = replace(
-            self.policy_config,
-            model=config.model or self.policy_config.model,
-            lora=None,
-            gradient_checkpointing=config.gradient_checkpointing,
-        )
-        try:
-            critic = ScoreNetwork(own)
-        except ValueError as error:
-            raise ValueError(str(error).replace("init_args.policy.model", "init_args.critic.model")) from error
-        if config.zero_head:
-            head: Any = causal_lm(critic.model).score
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        critic = load_critic(self.policy_config, config)
+        if config.model is not None and self.policy is not None:
+            data = getattr(self.trainer, "datamodule", None)
+            require_fits(critic, self.policy, self.tokenizer, f"{KEY}.model", data, self.sampling.max_new_tokens)
         if self.device_mesh is not None:
             critic.build_view(self.trainer.strategy.root_device, sharded=True)
             assert critic.compute_dtype is not None
             shard(critic, self.device_mesh, critic.compute_dtype)
         self.critic = critic
+
+    def on_train_start(self) -> None:
+        """Also note when this process began: what a resumed run did before took none of its time."""
+        super().on_train_start()
+        self._began = time.monotonic(), self.episodes
 
     def built_critic(self) -> ScoreNetwork:
         """The critic, its compute view made on the device it is on by now."""
@@ -259,34 +268,42 @@ class PPO(OnlineModule):
         clipped = aggregate(terms.clipped.float(), batch.mask, "token_mean", totals)
         return Loss(config.coef * loss, {"loss/value_avg": loss.detach(), "val/clipfrac_avg": clipped}, {})
 
-    # --- logging ----------------------------------------------------------------------------------------------
+    # --- checkpoints and logging ------------------------------------------------------------------------------
 
-    def measure(self, rollout: Rollout, columns: dict[str, Tensor], results: list[StepResult]) -> dict[str, float]:
+    def structure(self) -> dict[str, Any]:
+        """Also the critic."""
+        kind = "a shared critic" if self.critic is None else "a critic of its own"
+        critic = {f"{KEY}.shared": kind, f"{KEY}.model": None if self.critic is None else size_of(self.critic)}
+        return {**super().structure(), **critic}
+
+    def measure(
+        self, rollout: Rollout, columns: dict[str, Tensor], results: list[StepResult], iteration: int
+    ) -> dict[str, float]:
         """Also the last TRL PPO's tags, and how much of the returns' variance the values explained. Collective."""
-        mask, counts = rollout.mask, rollout.mask.any(-1)
-        returns, values = columns["returns"].double(), columns["old_values"].double()
+        counts = rollout.mask.any(-1)
         stopped = sum(c.stop_reason == "stop" for c in rollout.completions)
-        sums = [
-            int(mask.sum()), float(returns.where(mask, 0.0).sum()), float(returns.square().where(mask, 0.0).sum()),
-            float((returns - values).square().where(mask, 0.0).sum()),
-            int(counts.sum()), float(self._scores[counts].sum()), float(self._non_score[counts].sum()), stopped,
-        ]  # fmt: skip
-        tokens, total, squares, error, answers, scores, non_score, ended = all_reduce_sum(sums, self.device)
-        variance = squares / max(tokens, 1.0) - (total / max(tokens, 1.0)) ** 2
+        sums = [int(counts.sum()), float(self._scores[counts].sum()), float(self._non_score[counts].sum()), stopped]
+        answers, scores, non_score, ended = all_reduce_sum(sums, self.device)
         answers = max(answers, 1.0)
-        metrics = super().measure(rollout, columns, results)
+        metrics = super().measure(rollout, columns, results, iteration)
         for name, ours in _TRL.items():
             if each := [r.metrics[ours] for r in results if ours in r.metrics]:
                 metrics[name] = sum(each) / len(each)
-        if "old_log_probs" in columns:
-            drawn = -float(columns["old_log_probs"].where(mask, 0.0).sum())
-            metrics["objective/entropy"] = all_reduce_sum([drawn], self.device)[0] / answers
-        metrics |= {"lr": self.learning_rate(), "eps": metrics["episode"] / max(time.monotonic() - self._began, 1e-9)}
+        drawn = -columns["old_log_probs"] if "old_log_probs" in columns else None
+        entropy = per_answer(rollout, drawn, results[0].metrics.get("drawn/entropy"), self.device)
+        if entropy is not None:
+            metrics["objective/entropy"] = entropy
+        if self.critic_config.lr is not None:
+            metrics["lr/critic"] = self.rates[1]
+        began, before = self._began
+        metrics |= {"lr": self.rates[0], "eps": (self.episodes - before) / max(time.monotonic() - began, 1e-9)}
         return {
             **metrics,
             "objective/scores": scores / answers,
             "objective/non_score_reward": non_score / answers,
             "objective/rlhf_reward": (scores + non_score) / answers,
             "val/num_eos_tokens": ended,
-            "val/explained_variance": 1.0 - error / max(tokens, 1.0) / variance if variance > 0 else 0.0,
+            "val/explained_variance": explained_variance(
+                columns["returns"], columns["old_values"], rollout.mask, self.device
+            ),
         }

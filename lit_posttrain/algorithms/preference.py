@@ -85,6 +85,7 @@ class PreferenceModule(OfflineModule, ABC):
         given = all(COLUMN in e.columns for split in ("train", "val") for e in data.examples(split))
         if self.reference_config is not None and not given:
             self.reference = Reference(policy, self.reference_config)
+            self.reference.require_fits(self.tokenizer, data)
 
     def on_fit_start(self) -> None:
         """Place the reference beside the policy, and fill its cache."""

@@ -75,7 +75,7 @@ class Pretraining:
             ValueError: The batch size does not fit the ratio, or something in the data.
         """
         wanted = self.config.ratio * answers
-        if self.data.batch_size != wanted:
+        if not math.isclose(self.data.batch_size, wanted):
             raise ValueError(
                 f"{KEY}.data.init_args.batch_size: {self.data.batch_size} is not ratio x answers of an iteration = "
                 f"{self.config.ratio:g} x {answers} = {wanted:g}"
@@ -91,6 +91,12 @@ class Pretraining:
         self.data.load_tokenizer = lambda: tokenizer
         with _keys_named_from_the_root():
             self.data.setup("fit")
+        for example in self.data.examples("train"):
+            if len(example.completions) > 1 or example.columns:
+                raise ValueError(
+                    f"{KEY}.data: {type(self.data).__name__} compares or judges completions ({example.origin}), and "
+                    "the policy would learn bad ones like good ones; use SupervisedExamples"
+                )
 
     def check_fits(self, context_length: int) -> None:
         """See that every example fits into the model.

@@ -25,9 +25,13 @@ class Reporting(pl.LightningModule):
 
     def learning_rate(self) -> float:
         """The first parameter group's present rate."""
+        return self.learning_rates()[0]
+
+    def learning_rates(self) -> list[float]:
+        """Every parameter group's present rate."""
         wrapper = self.optimizers()
         assert not isinstance(wrapper, list)
-        return float(wrapper.optimizer.param_groups[0]["lr"])
+        return [float(group["lr"]) for group in wrapper.optimizer.param_groups]
 
     def _owned(self) -> list[nn.Parameter]:
         wrapper = self.optimizers()
@@ -114,5 +118,5 @@ class Reporting(pl.LightningModule):
 
     def require_change(self, results: list[StepResult]) -> None:
         """Stop a run whose updates moved nothing."""
-        after = gates.fingerprint(self._owned())
-        gates.require_change(self._before[0], after, self._before[1], max(r.grad_norm for r in results))
+        after, norm = gates.fingerprint(self._owned()), max((r.grad_norm for r in results if r.applied), default=0.0)
+        gates.require_change(self._before[0], after, self._before[1], norm)

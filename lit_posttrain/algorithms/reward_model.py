@@ -45,6 +45,16 @@ class ScoringModule(OfflineModule, ABC):
         super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
         self.observed: dict[str, list[Tensor]] = {}
 
+    def prepare_policy(self, policy: Policy) -> None:
+        """See that the scores can be exported, before anything is trained."""
+        super().prepare_policy(policy)
+        from lit_posttrain.export_scores import padding_token
+
+        try:
+            padding_token(self.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"model.init_args.policy.model: {error}") from error
+
     def network(self) -> ScoreNetwork:
         """The trained network."""
         network = self.built_policy()

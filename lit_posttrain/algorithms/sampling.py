@@ -6,11 +6,13 @@ from lit_posttrain import randomness
 from lit_posttrain.algorithms.base import PostTrainModule
 from lit_posttrain.algorithms.evaluation import Evaluation, EvaluationConfig
 from lit_posttrain.policy import Policy, PolicyConfig
-from lit_posttrain.rewards.base import RewardFunction
+from lit_posttrain.rewards.base import RewardFunction, require_names
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
 from lit_posttrain.rollout.native import NativeEngine
 from lit_posttrain.sharding import world_size
 from lit_posttrain.types import PromptBatch
+
+_PROMPTS_SHOWN = 256
 
 
 class SamplingModule(PostTrainModule):
@@ -41,8 +43,10 @@ class SamplingModule(PostTrainModule):
         token_budget: int,
     ):
         super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
-        if not rewards:
-            raise ValueError("model.init_args.rewards: name at least one reward function")
+        require_names(rewards, "model.init_args.rewards")
+        if len(rewards) > 1:
+            for i, function in enumerate(rewards):
+                function.key = f"model.init_args.rewards[{i}].init_args"
         self.rewards = rewards
         self.sampling = sampling
         self.engine = engine or NativeEngine()
@@ -63,9 +67,23 @@ class SamplingModule(PostTrainModule):
         self.engine.bind(self.tokenizer)
 
     def place_rewards(self) -> None:
-        """Load the networks among the rewards, before anything is computed."""
+        """Load the networks among the rewards and show them some prompts, before anything is computed."""
+        data = getattr(self.trainer, "datamodule", None)
+        split = "train" if self.trainer.state.fn in ("fit", "predict") else "val"
+        prompts = data.prompts(split)[:_PROMPTS_SHOWN] if data is not None and hasattr(data, "prompts") else []
         for function in self.rewards:
             function.place(self.device)
+            for prompt in prompts:
+                function.check_prompt(prompt.prompt)
+
+    def restore_rewards(self) -> None:
+        """Judge as the run did whose weights these are. An evaluation without a checkpoint says what it cannot know."""
+        if self.loaded_counters is not None:
+            for function in self.rewards:
+                function.restore(self.loaded_counters.get("rewards", {}).get(function.name, {}))
+        elif self.trainer.state.fn != "fit":
+            for function in self.rewards:
+                function.warn_uncalibrated()
 
     def on_fit_start(self) -> None:
         """Also the rewards' networks."""
@@ -73,19 +91,23 @@ class SamplingModule(PostTrainModule):
         self.place_rewards()
 
     def on_validation_start(self) -> None:
-        """Likewise."""
+        """Likewise, and outside of training what a checkpoint holds of them."""
         super().on_validation_start()
-        self.place_rewards()
+        if self.trainer.state.fn != "fit":
+            self.place_rewards()
+            self.restore_rewards()
 
     def on_test_start(self) -> None:
         """Likewise."""
         super().on_test_start()
         self.place_rewards()
+        self.restore_rewards()
 
     def on_predict_start(self) -> None:
         """Likewise."""
         super().on_predict_start()
         self.place_rewards()
+        self.restore_rewards()
 
     def teardown(self, stage: str) -> None:
         """End what rewards and engine started."""

@@ -5,12 +5,13 @@ from typing import Any
 from torch import Tensor
 
 from lit_posttrain import gates, randomness
-from lit_posttrain.algorithms.measures import reported, rollout_metrics
+from lit_posttrain.algorithms.measures import per_answer, reported, rollout_metrics
 from lit_posttrain.algorithms.samples import as_markdown
 from lit_posttrain.algorithms.sampling import SamplingModule
 from lit_posttrain.functional.returns import adapted_coef
 from lit_posttrain.objective import PolicyObjective
 from lit_posttrain.reference import Reference
+from lit_posttrain.rewards.base import deciding
 from lit_posttrain.rewards.learned import LearnedReward
 from lit_posttrain.rollout.collect import Rollout, generate, to_samples
 from lit_posttrain.sharding import all_reduce_sum, world_size
@@ -24,6 +25,7 @@ class WatchedModule(SamplingModule):
     group_size: int
     log_samples_every: int
     kl_coef: float
+    rates: list[float]  # of the parameter groups, in the present iteration
     num_tokens = 0.0
     episodes = 0
     waits = 0  # iterations before the policy is trained
@@ -52,7 +54,8 @@ class WatchedModule(SamplingModule):
         judged = [sum(row[j].status != "invalid" for row in verdicts) for j in range(len(self.rewards))]
         *counts, valid = all_reduce_sum([*judged, int(rollout.judgement.valid.sum())], self.device)
         names, reasons = rollout.judgement.names, rollout.judgement.reasons
-        gates.require_some_valid(names, reasons, [count == 0 for count in counts])
+        learned_from = deciding(self.rewards)
+        gates.require_some_valid(names, reasons, [not n and j in learned_from for j, n in enumerate(counts)])
         gates.require_valid_sample(names, reasons, int(valid))
 
     def check_gates(self, rollout: Rollout, results: list[StepResult], iteration: int) -> None:
@@ -61,10 +64,11 @@ class WatchedModule(SamplingModule):
             return
         dtype = self.built_policy().compute_dtype
         assert dtype is not None
-        first = results[0].metrics  # empty where none of the first minibatch's samples is valid
-        if first:
+        first = results[0].metrics  # without both where none of the first minibatch's samples is valid
+        if "sampling/sampling_logp_difference/mean" in first:
             gates.require_engine_agrees(first["sampling/sampling_logp_difference/mean"], dtype)
-        if first and iteration == self.waits and self.reference is not None and self.reference.equals_initial_policy:
+        reference = self.reference
+        if "reference_gap" in first and iteration == self.waits and reference and reference.equals_initial_policy:
             gates.require_reference_is_policy(first["reference_gap"], dtype)
         if iteration < gates.GATED_ITERATIONS:
             self.require_change(results)
@@ -78,19 +82,23 @@ class WatchedModule(SamplingModule):
 
     # --- logging ----------------------------------------------------------------------------------------------
 
-    def measure(self, rollout: Rollout, columns: dict[str, Tensor], results: list[StepResult]) -> dict[str, float]:
+    def measure(
+        self, rollout: Rollout, columns: dict[str, Tensor], results: list[StepResult], iteration: int
+    ) -> dict[str, float]:
         """Further tags of an iteration. Collective: counts answers, and adapts the KL's weight where it is to be."""
-        samples, answers = all_reduce_sum([len(rollout.rows), int(rollout.mask.any(-1).sum())], self.device)
-        self.episodes += int(samples)
+        samples = int(all_reduce_sum([len(rollout.rows)], self.device)[0])
+        self.episodes += samples
         metrics = {"episode": float(self.episodes)}
-        if "ref_log_probs" in columns and "old_log_probs" in columns:
-            kl = float((columns["old_log_probs"] - columns["ref_log_probs"]).where(rollout.mask, 0.0).sum())
-            kl = all_reduce_sum([kl], self.device)[0] / max(answers, 1.0)
-            metrics |= {"objective/kl": kl, "objective/kl_coef": self.kl_coef}
-            config = self.objective.kl
-            if config.target is not None and config.horizon is not None:
-                self.kl_coef = adapted_coef(self.kl_coef, kl, config.target, config.horizon, int(samples))
-        return metrics
+        old, ref, config = columns.get("old_log_probs"), columns.get("ref_log_probs"), self.objective.kl
+        if ref is None:
+            return metrics
+        metrics["objective/kl_coef"] = self.kl_coef
+        kl = per_answer(rollout, None if old is None else old - ref, results[0].metrics.get("drawn/kl"), self.device)
+        if kl is None:
+            return metrics
+        if config.target is not None and config.horizon is not None and iteration >= self.waits:
+            self.kl_coef = adapted_coef(self.kl_coef, kl, config.target, config.horizon, samples)
+        return {**metrics, "objective/kl": kl}
 
     def log_iteration(
         self,
@@ -99,13 +107,12 @@ class WatchedModule(SamplingModule):
         results: list[StepResult],
         measured: dict[str, float],
         iteration: int,
-        rate: float,
         seconds: float,
     ) -> None:
         """Curves and samples of an iteration. Collective."""
         metrics = rollout_metrics(rollout, self._compared(rollout), results, self.device)
         self.num_tokens += metrics.pop("tokens_processed")
-        metrics |= {"num_tokens": self.num_tokens, "step_time": seconds, "learning_rate": rate, **measured}
+        metrics |= {"num_tokens": self.num_tokens, "step_time": seconds, "learning_rate": self.rates[0], **measured}
         metrics |= reported(self.rewards)
         metrics["epoch"] = self.epochs_done()
         tagged = {f"train/{name}": value for name, value in metrics.items()}

@@ -21,7 +21,8 @@ from lit_posttrain.policy import Policy, PolicyConfig
 from lit_posttrain.rollout.collect import generate
 from lit_posttrain.rollout.engine import RolloutEngine
 from lit_posttrain.rollout.native import NativeEngine
-from lit_posttrain.types import Example, Loss, MicroBatch
+from lit_posttrain.rollout.stops import EXACT_TEXT
+from lit_posttrain.types import Example, Loss, MicroBatch, StopReason
 
 _SHOWN = 4
 
@@ -57,7 +58,9 @@ def sampled(
     )  # fmt: skip
     engine.rest()
     stops = policy.stop_token_ids
-    return [_answer(tokenizer, e, c.token_ids, stops) for e, c in zip(examples, completions, strict=True)]
+    return [
+        _answer(tokenizer, e, c.token_ids, stops, c.stop_reason) for e, c in zip(examples, completions, strict=True)
+    ]
 
 
 def given(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> list[Answer]:
@@ -66,14 +69,18 @@ def given(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, stops
     for e in examples:
         scores: Any = e.columns.get("preference") or [0.0] * len(e.completions)
         best = max(range(len(scores)), key=lambda i: scores[i])
-        answers.append(_answer(tokenizer, e, e.completions[best], stops))
+        ids = e.completions[best]
+        answers.append(_answer(tokenizer, e, ids, stops, "stop" if ids and ids[-1] in stops else "length"))
     return answers
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, example: Example, ids: list[int], stops: Sequence[int]) -> Answer:
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, example: Example, ids: list[int], stops: Sequence[int], stop_reason: StopReason
+) -> Answer:
     shown = ids[:-1] if ids and ids[-1] in stops else ids
-    prompt, text = tokenizer.decode(example.prompt, skip_special_tokens=True), tokenizer.decode(shown)
-    return Answer(example.prompt, ids, str(prompt), str(text))
+    prompt = tokenizer.decode(example.prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(shown, **EXACT_TEXT)
+    return Answer(example.prompt, ids, str(prompt), str(text), example.messages, stop_reason)
 
 
 def as_table(outcomes: Sequence[float], ours: Sequence[Answer], theirs: Sequence[Answer]) -> str:
@@ -140,7 +147,7 @@ class WinRate(PostTrainModule):
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         examples = data.examples("val")[: self.prompts]
         policy = self.built_policy()
-        self.judge.place(self.device)
+        self.judge.place(self.device, self.tokenizer)
         self.phase("answers of A", len(examples))
         ours = sampled(self.engine, policy, examples, self.generations, self.tokenizer, self.advance)
         if self.opponent_config is None:
@@ -225,7 +232,7 @@ class WinRateDuringTraining(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The opponent's answers; a resume makes the same ones again, from the files that the run began with."""
         examples = trainer.datamodule.examples("val")[: self.prompts]  # pyright: ignore[reportAttributeAccessIssue]
-        self.judge.place(pl_module.device)
+        self.judge.place(pl_module.device, pl_module.tokenizer)
         policy = pl_module.built_policy()
         if self.against == "data":
             self._theirs = given(examples, pl_module.tokenizer, policy.stop_token_ids)

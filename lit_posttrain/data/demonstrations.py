@@ -33,9 +33,9 @@ def answers(path: str, key: str, encoder: Encoder, max_length: int | None) -> li
             messages = as_messages(row["messages"], where(row, "messages"))
             last = max((i for i, m in enumerate(messages) if m["role"] == ASSISTANT), default=0)
             encoded = encoder.dialogue(messages[: last + 1], row.origin, first=last, extras=extras_of(row))
-        prompt, completion, mask = encoded
+        prompt, completion, mask, messages = encoded
         if max_length is None or len(prompt) + len(completion) <= max_length:
-            examples.append(Example(prompt, [completion], [mask], {}, row.origin))
+            examples.append(Example(prompt, [completion], [mask], {}, row.origin, messages))
     if not examples:
         raise ValueError(f"data.init_args.{key}: no row of {path} is within max_length ({max_length})")
     return examples

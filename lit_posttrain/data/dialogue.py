@@ -24,11 +24,13 @@ class Encoded(NamedTuple):
         prompt: What stands before the completion.
         completion: The completion, its end token included.
         mask: Which of its tokens the assistant wrote.
+        messages: The prompt as a conversation, where it is one.
     """
 
     prompt: list[int]
     completion: list[int]
     mask: list[bool]
+    messages: list[dict[str, str]] | None = None
 
 
 class Encoder:
@@ -159,7 +161,8 @@ class Encoder:
             end = self._turn_end(whole, start, messages, i, extras, origin)
             pieces += [(whole[at:start], supervise == "all"), (whole[start:end], True)]
             at = end
-        return self._encode(pieces, bool(first), supervise, origin)
+        asked = messages[: first or turns[0]] if supervise != "all" else []
+        return self._encode(pieces, bool(first), supervise, origin)._replace(messages=[dict(m) for m in asked] or None)
 
     def _encode(self, pieces: list[tuple[str, bool]], has_prompt: bool, supervise: Supervise, origin: str) -> Encoded:
         ids: list[int] = []

@@ -77,8 +77,9 @@ class PointwiseLabels(ExampleData):
     def encode(self, row: Row) -> Iterable[Example | Dropped]:
         """The labelled completion."""
         kind_of(row, {"whole": _WHOLE})
-        prompt, completion, mask = self.encoder.pair(row["prompt"], row["completion"], row, ("prompt", "completion"))
+        encoded = self.encoder.pair(row["prompt"], row["completion"], row, ("prompt", "completion"))
+        prompt, completion, mask, messages = encoded
         label = flag(row["label"], where(row, "label"))
         if self.max_length is not None and len(prompt) + len(completion) > self.max_length:
             return [Dropped("long_examples")]
-        return [Example(prompt, [completion], [mask], {"label": [label]}, row.origin)]
+        return [Example(prompt, [completion], [mask], {"label": [label]}, row.origin, messages)]

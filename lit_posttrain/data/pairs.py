@@ -27,12 +27,14 @@ class Comparison(NamedTuple):
         completions: Tokens of each completion.
         masks: Which of them count.
         preference: Of each completion, higher is better.
+        messages: The prompt as a conversation, where it is one.
     """
 
     prompt: list[int]
     completions: list[list[int]]
     masks: list[list[bool]]
     preference: list[float]
+    messages: list[dict[str, str]] | None = None
 
 
 def comparison(row: Row, encoder: Encoder) -> Comparison:
@@ -51,7 +53,7 @@ def comparison(row: Row, encoder: Encoder) -> Comparison:
     else:
         preference = [1.0, 0.0]
         encoded = _pair(row, encoder) if kind == "chosen" else _tokenised(row, encoder, *KINDS[kind])
-    return Comparison(*_of_one_prompt(encoded), preference)
+    return Comparison(*_of_one_prompt(encoded), preference, encoded[0].messages)
 
 
 def content(row: Row) -> str:

@@ -101,7 +101,7 @@ class Preferences(ExampleData):
             return [Dropped("long_examples")]
         if len(set(map(tuple, fitting.completions))) == 1:
             return [Dropped("identical_completions")]
-        prompt, completions, masks, preference = fitting
+        prompt, completions, masks, preference, messages = fitting
         columns: dict[str, Any] = {"preference": preference}
         if has(row, "margin"):
             columns["margin"] = [number(row["margin"], where(row, "margin"))] * len(completions)
@@ -109,10 +109,10 @@ class Preferences(ExampleData):
             if len(completions) != 2 or not has(row, *_REFERENCE):
                 raise ValueError(f"{row.origin}: {' and '.join(_REFERENCE)} come together, for a pair")
             columns["ref_log_probs"] = [number(row[name], where(row, name)) for name in _REFERENCE]
-        return [Example(prompt, completions, masks, columns, row.origin)]
+        return [Example(prompt, completions, masks, columns, row.origin, messages)]
 
     def _fit(self, compared: Comparison) -> Comparison | None:
-        prompt, completions, masks, preference = compared
+        prompt, completions, masks, preference, messages = compared
         limit = self.max_prompt_length
         if limit is not None and len(prompt) > limit:
             self.count("truncated_prompts")
@@ -127,7 +127,7 @@ class Preferences(ExampleData):
             if not all(map(any, masks)):
                 return None
             self.count("truncated_responses")
-        return Comparison(prompt, completions, masks, preference)
+        return Comparison(prompt, completions, masks, preference, messages)
 
     def _cut(self, prompt: list[int], limit: int) -> list[int]:
         if self.prompt_truncation == "keep_start":
@@ -155,7 +155,7 @@ class Preferences(ExampleData):
         for e in self._examples["train"][:_DEMONSTRATIONS]:
             scores = e.columns["preference"]
             i = scores.index(max(scores))  # pyright: ignore[reportCallIssue, reportArgumentType]
-            best.append(Example(e.prompt, [e.completions[i]], [e.masks[i]], {}, e.origin))
+            best.append(Example(e.prompt, [e.completions[i]], [e.masks[i]], {}, e.origin, e.messages))
         return best
 
 
@@ -163,4 +163,4 @@ def _best_and_worst(compared: Comparison) -> Comparison:
     scores = compared.preference
     both = [scores.index(max(scores)), scores.index(min(scores))]
     completions, masks = [compared.completions[i] for i in both], [compared.masks[i] for i in both]
-    return Comparison(compared.prompt, completions, masks, [scores[i] for i in both])
+    return Comparison(compared.prompt, completions, masks, [scores[i] for i in both], compared.messages)

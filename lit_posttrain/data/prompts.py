@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lit_posttrain.data.base import PostTrainDataModule, Split
 from lit_posttrain.data.records import (
     OnBad,
+    OnLong,
     Placed,
     Record,
     Renderer,
@@ -56,7 +57,7 @@ class VerifiablePrompts(PostTrainDataModule):
             GSM8K.
         val_batch_size: Prompts per evaluation batch over all ranks; ``batch_size`` if not given.
         max_prompt_length: Longest prompt in tokens.
-        long_prompts: What to do with longer ones.
+        long_prompts: What to do with longer ones; ``cut`` keeps as much of a question's beginning as fits.
         bad_answers: What to do with gold answers that the rewards cannot use.
         overlap: What to do with training questions that also stand in ``val_split``.
         tokenizer: Folder or hub name; the command line sets it to the policy's.
@@ -79,7 +80,7 @@ class VerifiablePrompts(PostTrainDataModule):
         answer_after: str = "",  # not None: the parser reads "####" for such a type as an empty YAML document
         val_batch_size: int | None = None,
         max_prompt_length: int | None = None,
-        long_prompts: OnBad = "error",
+        long_prompts: OnLong = "error",
         bad_answers: OnBad = "error",
         overlap: OnBad = "error",
         tokenizer: str | None = None,
@@ -92,7 +93,7 @@ class VerifiablePrompts(PostTrainDataModule):
         self.column_map = column_map or {}
         self.answer_after = answer_after
         self.max_prompt_length = max_prompt_length
-        self.long_prompts: OnBad = long_prompts
+        self.long_prompts: OnLong = long_prompts
         self.bad_answers: OnBad = bad_answers
         self.overlap: OnBad = overlap
         self.tokenizer = tokenizer

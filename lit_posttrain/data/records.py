@@ -15,6 +15,7 @@ from lit_posttrain.types import Prompt
 
 KEY = "data.init_args.column_map"
 OnBad = Literal["error", "drop"]
+OnLong = Literal["error", "drop", "cut"]
 
 
 class Record(NamedTuple):
@@ -170,7 +171,7 @@ class Renderer:
         on_long: What happens to longer ones.
     """
 
-    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int | None, on_long: OnBad):
+    def __init__(self, template: Template, tokenizer: PreTrainedTokenizerBase, max_length: int | None, on_long: OnLong):
         self.template = template
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -188,19 +189,44 @@ class Renderer:
             if len(placed) == limit:
                 break
             prompt = self._prompt(r)
-            if self.max_length is not None and len(prompt.token_ids) > self.max_length:
-                long.append((len(prompt.token_ids), r.origin))
-                continue
+            length = len(prompt.token_ids)
+            if self.max_length is not None and length > self.max_length:
+                shorter = self._cut(r, length - self.max_length) if self.on_long == "cut" else None
+                if shorter is None:
+                    long.append((length, r.origin))
+                    continue
+                prompt = shorter
+                counts["cut_prompts"] += 1
             counts["special_tokens"] += any(token in r.question for token in self.tokenizer.all_special_tokens)
             placed.append(Placed(prompt, r.origin))
         if long and self.on_long == "error":
             longest, origin = max(long, key=lambda each: each[0])
             raise ValueError(
                 f"data.init_args.max_prompt_length: {len(long)} prompts are longer than {self.max_length} tokens, the "
-                f"longest with {longest} at {origin}; raise it, or set data.init_args.long_prompts: drop"
+                f"longest with {longest} at {origin}; raise it, or set data.init_args.long_prompts: drop (or cut)"
             )
         counts["long_prompts"] += len(long)
         return placed
+
+    def _cut(self, r: Record, over: int) -> Prompt | None:
+        """With as much of the question's beginning as fits; None where nothing of it does."""
+        if not isinstance(r.prompt, str):
+            raise ValueError(
+                f"{r.origin}: the prompt is a conversation of {over} tokens too many, and only a text can be cut; set "
+                "data.init_args.long_prompts: drop"
+            )
+        assert self.max_length is not None
+        ids = self.tokenizer.encode(r.prompt, add_special_tokens=False, verbose=False)
+        while True:
+            ids = ids[: len(ids) - over]
+            # A character of several tokens may be torn.
+            text = str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).rstrip("\ufffd")
+            if not text.strip():
+                return None
+            prompt = self._prompt(r._replace(prompt=text))
+            over = len(prompt.token_ids) - self.max_length
+            if over <= 0:
+                return prompt
 
     def _prompt(self, r: Record) -> Prompt:
         try:

@@ -114,7 +114,7 @@ class SupervisedExamples(ExampleData):
 
     def _pieces(self, encoded: Encoded) -> list[Encoded]:
         """A text as sequences of at most ``max_length`` tokens; the first token of each is only read."""
-        prompt, completion, _ = encoded
+        prompt, completion, *_ = encoded
         size = self.max_length
         if self.long_examples != "split" or size is None or len(prompt) + len(completion) <= size:
             return [encoded]
@@ -123,7 +123,7 @@ class SupervisedExamples(ExampleData):
         return [Encoded(part[:1], part[1:], [True] * (len(part) - 1)) for part in parts if len(part) > 1]
 
     def _fit(self, encoded: Encoded, row: Row) -> Example | Dropped:
-        prompt, completion, mask = encoded
+        prompt, completion, mask, messages = encoded
         if not any(mask):
             raise ValueError(
                 f"{row.origin}: no token would be trained on; is the text made of characters that the tokenizer drops?"
@@ -142,4 +142,4 @@ class SupervisedExamples(ExampleData):
                 return Dropped("long_examples")
             completion, mask = completion[:room], mask[:room]
             self.count("truncated")
-        return Example(prompt, [completion], [mask], {}, row.origin)
+        return Example(prompt, [completion], [mask], {}, row.origin, messages)

@@ -44,13 +44,13 @@ class UnpairedPreferences(ExampleData):
     def encode(self, row: Row) -> Iterable[Example | Dropped]:
         """The labelled completion, or both of a pair."""
         if kind_of(row, {"single": _SINGLE, "pair": KINDS["chosen"]}) == "single":
-            prompt, completion, mask = self.encoder.pair(
+            prompt, completion, mask, messages = self.encoder.pair(
                 row["prompt"], row["completion"], row, ("prompt", "completion")
             )
             found = [(completion, mask, flag(row["label"], where(row, "label")))]
         else:
             compared = comparison(row, self.encoder)
-            prompt = compared.prompt
+            prompt, messages = compared.prompt, compared.messages
             if compared.completions[0] == compared.completions[1]:
                 yield Dropped("identical_completions")
                 return
@@ -59,7 +59,7 @@ class UnpairedPreferences(ExampleData):
             if self.max_length is not None and len(prompt) + len(completion) > self.max_length:
                 yield Dropped("long_examples")
             else:
-                yield Example(prompt, [completion], [mask], {"label": [label], "role": [0.0]}, row.origin)
+                yield Example(prompt, [completion], [mask], {"label": [label], "role": [0.0]}, row.origin, messages)
 
     def check_fits(self, context_length: int) -> None:
         """As the base class does; mismatched completions are cut to the model's positions."""

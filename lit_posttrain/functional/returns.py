@@ -1,5 +1,6 @@
 """From scores to credit token by token: shaped rewards, generalised advantages, value loss, KL controllers."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -114,11 +115,13 @@ def adapted_coef(coef: float, kl: float, target: float, horizon: float, episodes
 
     Args:
         coef: The present weight of the KL.
-        kl: Mean KL of a sampled answer to the reference, summed over its tokens, in nats.
+        kl: Mean KL of a sampled answer to the reference, summed over its tokens, in nats; NaN keeps the weight.
         target: KL to steer to, > 0.
-        horizon: Answers after which a constant error of 1 would have multiplied the weight by e, > 0.
+        horizon: Answers after which a constant error of 1 would have multiplied the weight by e, > 0.2 ``episodes``.
         episodes: Answers since the last adaptation: answers, not steps.
     """
+    if math.isnan(kl):
+        return coef
     error = min(max(kl / target - 1.0, -LARGEST_ERROR), LARGEST_ERROR)
     return coef * (1.0 + error * episodes / horizon)
 

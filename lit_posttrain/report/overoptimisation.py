@@ -8,6 +8,7 @@ from typing import Any, final
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_posttrain import randomness
 from lit_posttrain.algorithms.measures import reported
@@ -17,6 +18,7 @@ from lit_posttrain.functional.kl import kl_estimate
 from lit_posttrain.reference import Reference, ReferenceConfig
 from lit_posttrain.report.plots import overoptimisation_figure
 from lit_posttrain.rewards.base import RewardFunction, judge
+from lit_posttrain.rewards.learned import LearnedReward
 from lit_posttrain.rollout.collect import generate, to_samples
 from lit_posttrain.types import Completion, Prompt
 
@@ -31,8 +33,9 @@ class OverOptimisation(Callback):
     pi_init)) while what it stands for (the gold reward) turns and falls. ``overoptimisation.json`` and
     ``overoptimisation.png`` of the run, and in TensorBoard ``eval/overoptimisation/*`` and a figure, show both.
 
-    The KL is that of whole answers to the policy as its folder holds it: the sum over an answer's tokens of k3, which
-    is unbiased and never negative. Sampling draws from numbers of its own, so training is the same with and without.
+    The proxy is what the rewards say, without a KL in it or a missing end's penalty. The KL is that of whole answers to
+    the policy as its folder holds it: the sum over an answer's tokens of k3, which is unbiased and never negative.
+    Sampling draws from numbers of its own, so training is the same with and without.
 
     Args:
         gold: Judges the same answers and is never learned from; null shows the proxy alone.
@@ -42,6 +45,12 @@ class OverOptimisation(Callback):
     def __init__(self, gold: RewardFunction | None = None, prompts: int = 128):
         if prompts < 1:
             raise ValueError(f"OverOptimisation.prompts: must be at least 1, is {prompts}")
+        if gold is not None:
+            gold.key = "OverOptimisation.gold.init_args"
+            if isinstance(gold, LearnedReward) and gold.calibration:
+                raise ValueError(
+                    f"{gold.key}.calibration: gold is not calibrated, since a constant changes no curve; set it to 0"
+                )
         self.gold, self.prompts = gold, prompts
         self.points: list[dict[str, float]] = []
         self._initial: Reference | None = None
@@ -67,8 +76,11 @@ class OverOptimisation(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Find or load the initial policy, and load the gold reward's network."""
-        if not trainer.datamodule.size("val"):  # pyright: ignore[reportAttributeAccessIssue]
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if not data.size("val"):
             raise ValueError("trainer.callbacks: OverOptimisation needs held-out prompts; see data.init_args.val_size")
+        if data.size("val") < self.prompts:
+            rank_zero_warn(f"OverOptimisation.prompts: {self.prompts}, but only {data.size('val')} are held out")
         own: Reference | None = pl_module.reference
         if own is not None and own.equals_initial_policy and own.config.refresh_every is None:
             self._initial = own  # which the module places
@@ -77,6 +89,8 @@ class OverOptimisation(Callback):
             self._initial.place(pl_module.device, pl_module.device_mesh)
         if self.gold is not None:
             self.gold.place(pl_module.device)
+            for prompt in data.prompts("val")[: self.prompts]:
+                self.gold.check_prompt(prompt.prompt)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The first point, when the rewards are calibrated and nothing is trained."""
@@ -118,6 +132,8 @@ class OverOptimisation(Callback):
             judgement = judge(functions, samples)
             if judgement.valid.any():
                 point[name] = float(judgement.rewards[judgement.valid].mean())
+            else:
+                rank_zero_warn(f"OverOptimisation: no answer has a valid {name} reward ({judgement.reasons})")
             reported(functions)  # what they logged is no part of the next iteration
         self.points = [p for p in self.points if p["step"] < point["step"]] + [point]
         self._show(trainer, module, point)

@@ -22,6 +22,8 @@ from lit_posttrain.types import Sample, Verdict, VerdictStatus
 logger = logging.getLogger(__name__)
 
 NO_FUNCTION = "no_function_applies"
+_LARGEST = torch.finfo(torch.float32).max  # which rewards are stored in
+KEY = "model.init_args.rewards.init_args"
 
 
 class RewardError(RuntimeError):
@@ -35,6 +37,8 @@ class RewardFunction(ABC):
         weight: Factor of this function's score in the reward of a sample; any finite number.
         name: Name in logs; must differ between the functions of a run. Default: the class name.
     """
+
+    key = KEY  # where the YAML holds its arguments, for messages; whoever owns it may know better
 
     def __init__(self, weight: float = 1.0, name: str | None = None):
         if not math.isfinite(weight):
@@ -59,6 +63,17 @@ class RewardFunction(ABC):
 
         Raises:
             ValueError: The answer is unusable; the message says why.
+        """
+        return None
+
+    def check_prompt(self, prompt: str | list[dict[str, str]]) -> None:
+        """Stops when a prompt could never be judged; called after ``place``, before anything is sampled.
+
+        Args:
+            prompt: As samples hold it.
+
+        Raises:
+            ValueError: The message says why.
         """
         return None
 
@@ -88,6 +103,10 @@ class RewardFunction(ABC):
         Args:
             state: Of the same function when the checkpoint was written.
         """
+        return None
+
+    def warn_uncalibrated(self) -> None:
+        """Told where ``restore`` had nothing to take over; only functions that count from something learned care."""
         return None
 
     def close(self) -> None:
@@ -164,7 +183,7 @@ class Judgement(NamedTuple):
         names: Name of each function.
         scores: Raw scores before weighting; NaN where the function did not score.
         rewards: Sum of weight x score over the functions that scored; 0 where the sample is invalid.
-        valid: No applicable function is invalid, and at least one scored.
+        valid: No applicable function with a weight is invalid, and at least one of them scored.
         reasons: Per function, how often each reason was given.
         verdicts: ``verdicts[i][j]`` is the word of function *j* on sample *i*.
     """
@@ -178,21 +197,12 @@ class Judgement(NamedTuple):
 
 
 def invalid(reason: str) -> Verdict:
-    """A verdict that blames the infrastructure.
-
-    Args:
-        reason: What failed; counted in the logs, so few different ones.
-    """
+    """A verdict that blames the infrastructure; reasons are counted in the logs, so few different ones."""
     return Verdict(0.0, "invalid", reason)
 
 
 def raised(function: RewardFunction, error: Exception) -> Verdict:
-    """The verdict on a sample whose scoring raised: ``invalid``, the exception's class as the reason.
-
-    Args:
-        function: Whose code raised; the message is logged once a class.
-        error: What it raised.
-    """
+    """The verdict on a sample whose scoring raised; what it raised is logged once a class."""
     kind = type(error).__name__
     function.complain_once(kind, f"raised {kind}: {error}")
     return invalid(kind)
@@ -203,7 +213,7 @@ def to_verdict(value: Any) -> Verdict:
 
     Args:
         value: None (does not apply), a real number, a one-element array or tensor, or a ``Verdict``.
-            NaN, infinities and everything else become ``invalid``.
+            NaN, what fp32 cannot hold, and everything else become ``invalid``.
     """
     if value is None:
         return Verdict(0.0, "not_applicable")
@@ -223,7 +233,7 @@ def to_verdict(value: Any) -> Verdict:
         number = float(value)
     except OverflowError:
         return invalid("not_finite")
-    return Verdict(number) if math.isfinite(number) else invalid("not_finite")
+    return Verdict(number) if abs(number) <= _LARGEST else invalid("not_finite")
 
 
 def ask(function: RewardFunction, samples: Sequence[Sample]) -> list[Verdict]:
@@ -253,12 +263,7 @@ def ask(function: RewardFunction, samples: Sequence[Sample]) -> list[Verdict]:
 
 
 def ask_twice(function: RewardFunction, samples: Sequence[Sample]) -> list[Verdict]:
-    """``ask``, and once more about the samples that came back invalid.
-
-    Args:
-        function: Whom to ask.
-        samples: What to judge.
-    """
+    """``ask``, and once more about the samples that came back invalid."""
     verdicts = ask(function, samples)
     again = [i for i, verdict in enumerate(verdicts) if verdict.status == "invalid"]
     if again:
@@ -267,8 +272,39 @@ def ask_twice(function: RewardFunction, samples: Sequence[Sample]) -> list[Verdi
     return verdicts
 
 
+def require_names(functions: Sequence[RewardFunction], key: str) -> None:
+    """There is a function, and no two have the same name.
+
+    Args:
+        functions: Of a run, or of a judge.
+        key: The YAML key that lists them.
+
+    Raises:
+        ValueError: None, or two of the same name.
+    """
+    if not functions:
+        raise ValueError(f"{key}: name at least one reward function")
+    names = [function.name for function in functions]
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise ValueError(
+            f"{key}: two functions are called {twice!r}; give one of them another name ({key}.init_args.name)"
+        )
+
+
+def deciding(functions: Sequence[RewardFunction]) -> list[int]:
+    """Numbers of the functions that are learned from: those with a weight, or all where none has one.
+
+    Args:
+        functions: Of a run.
+    """
+    weighted = [i for i, function in enumerate(functions) if function.weight]
+    return weighted or list(range(len(functions)))
+
+
 def judge(functions: Sequence[RewardFunction], samples: Sequence[Sample]) -> Judgement:
     """Asks every function about every sample and adds up: reward = sum of weight x score.
+
+    A function of weight 0 is watched: what it says, or fails to say, changes neither rewards nor which samples count.
 
     Args:
         functions: At least one; their names differ.
@@ -278,20 +314,20 @@ def judge(functions: Sequence[RewardFunction], samples: Sequence[Sample]) -> Jud
         ValueError: No function, or two of the same name.
         RewardError: A function returned the wrong number of values.
     """
+    require_names(functions, "rewards")
     names = [function.name for function in functions]
-    if not names:
-        raise ValueError("rewards: no reward function given; name at least one")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"rewards: two functions are called {twice!r}; give one of them another `name`")
     columns = [ask_twice(function, samples) for function in functions] if samples else [[] for _ in functions]
     rows = [list(row) for row in zip(*columns, strict=True)]
     for row in rows:
         if all(verdict.status == "not_applicable" for verdict in row):
             row[:] = [Verdict(0.0, "not_applicable", NO_FUNCTION) for _ in row]
     scored = [[verdict.status == "scored" for verdict in row] for row in rows]
-    valid = [any(s) and all(v.status != "invalid" for v in row) for s, row in zip(scored, rows, strict=True)]
+    counts = deciding(functions)
     totals = [sum(f.weight * v.score for f, v in zip(functions, row, strict=True)) for row in rows]
+    valid = [
+        any(s[j] for j in counts) and all(row[j].status != "invalid" for j in counts) and abs(total) <= _LARGEST
+        for s, row, total in zip(scored, rows, totals, strict=True)
+    ]
     scores = [[v.score if v.status == "scored" else math.nan for v in row] for row in rows]
     return Judgement(
         names=names,
@@ -304,10 +340,6 @@ def judge(functions: Sequence[RewardFunction], samples: Sequence[Sample]) -> Jud
 
 
 def count_reasons(verdicts: Sequence[Verdict]) -> dict[str, int]:
-    """How often each reason was given; a plain score without a reason is not counted.
-
-    Args:
-        verdicts: Of one function.
-    """
+    """How often each reason was given; a plain score without a reason is not counted."""
     reasons = (v.reason or ("" if v.status == "scored" else v.status) for v in verdicts)
     return dict(Counter(reason for reason in reasons if reason))

@@ -1,23 +1,26 @@
 """Rewards from a reward model: one of this project's, or any HF sequence classifier."""
 
+import logging
+import math
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from lit_posttrain.data.dialogue import Encoder
 from lit_posttrain.data.messages import Extras
 from lit_posttrain.model_files import model_folder
 from lit_posttrain.policy import PolicyConfig
 from lit_posttrain.precision import ComputeDtype
-from lit_posttrain.rewards.base import RewardError, RewardFunction
-from lit_posttrain.scalar_heads import Scorer
+from lit_posttrain.rewards.base import KEY, RewardError, RewardFunction, raised
+from lit_posttrain.rewards.scorers import PackedScorer, PaddedScorer, Row, RowScorer
 from lit_posttrain.types import Sample, Verdict
 
-KEY = "model.init_args.rewards.init_args"
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -30,7 +33,7 @@ class LearnedReward(RewardFunction):
     Args:
         model: Folder or hub name of a sequence classifier.
         calibration: Training prompts whose answers by the untrained policy are made to score 0 on average (InstructGPT,
-            2203.02155, appendix C.2, has mean 0 on demonstrations; Ziegler et al., 1909.08593, on such samples); 0
+            2203.02155, section 3.5, has mean 0 on demonstrations; Ziegler et al., 1909.08593, on such samples); 0
             leaves scores as they are.
         label: Which output is the score of a classifier with several.
         token_budget: Most tokens, padding included, in one forward pass.
@@ -60,46 +63,81 @@ class LearnedReward(RewardFunction):
         self.mean: float | None = None
         self.device = torch.device("cpu")
         self._encoder: Encoder | None = None
-        self._scorer: _Packed | _Padded | None = None
+        self._scorer: RowScorer | None = None
 
     def place(self, device: torch.device) -> None:
         """Load the model onto the device, once.
 
         Raises:
-            ValueError: It cannot be loaded, or has several outputs and no ``label``.
+            ValueError: It cannot be loaded, or ``label`` is not one of its outputs.
         """
         self.device = device
         if self._scorer is not None:
             return
-        folder = model_folder(self.model, f"{KEY}.model", revision=None, weights=True)
+        key = f"{self.key}.model"
+        folder = model_folder(self.model, key, revision=None, weights=True)
         try:
             config: Any = AutoConfig.from_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{KEY}.model: {folder} holds no model with its tokenizer ({error})") from error
+            raise ValueError(f"{key}: {folder} holds no model with its tokenizer ({error})") from error
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without files of one
+            raise ValueError(f"{key}: there is no tokenizer in {folder}; copy its files to the model's")
         outputs = config.num_labels if "SequenceClassification" in str(config.architectures) else 0
         if not outputs:
-            raise ValueError(f"{KEY}.model: {folder} is {config.architectures}, not a sequence classifier")
-        if outputs > 1 and (self.label is None or not 0 <= self.label < outputs):
+            raise ValueError(f"{key}: {folder} is {config.architectures}, not a sequence classifier")
+        if (self.label is None and outputs > 1) or not 0 <= (self.label or 0) < outputs:
             names = ", ".join(f"{i} {name}" for i, name in config.id2label.items())
-            raise ValueError(f"{KEY}.label: the model has {outputs} outputs, so say which one is the score: {names}")
+            raise ValueError(f"{self.key}.label: the model has {outputs} outputs; say which one is the score: {names}")
         self._encoder = Encoder(tokenizer) if tokenizer.eos_token_id is not None else None
+        self._scorer = self._load(folder, tokenizer, key, outputs)
+
+    def _load(self, folder: Path, tokenizer: Any, key: str, outputs: int) -> RowScorer:
+        tokens = self.tokens if self._encoder else None
+        if outputs == 1 and tokens is not None:
+            policy = PolicyConfig(model=str(folder), compute_dtype=self.compute_dtype)
+            try:
+                return PackedScorer(policy, self.device, self.token_budget, key, tokens)
+            except ValueError as error:
+                logger.info("%s: scored by its own forward pass in padded rows, since %s", folder, error)
+        return PaddedScorer(folder, tokenizer, self.device, self.token_budget, key, self.label or 0, tokens)
+
+    def check_prompt(self, prompt: str | list[dict[str, str]]) -> None:
+        """Stops where the model cannot read a prompt, before anything is sampled.
+
+        Raises:
+            ValueError: Its tokenizer has no chat template for a conversation, or one that refuses it.
+        """
+        self.place(self.device)
+        assert self._scorer is not None
         try:
-            self._scorer = _Packed(self, str(folder)) if outputs == 1 and self._encoder else None
-        except ValueError:
-            self._scorer = None
-        if self._scorer is None:
-            self._scorer = _Padded(self, str(folder), tokenizer)
+            self._scorer.read(Sample(prompt, "", [], "stop", None, {}))
+        except (RewardError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{self.key}.model: {self.model} cannot read the prompts ({error}); use a reward model whose chat "
+                "template takes these messages, or prompts of plain text"
+            ) from error
 
     def __call__(self, samples: Sequence[Sample]) -> list[Verdict]:
         """Scores all samples in batches within the token budget."""
         return [v if isinstance(v, Verdict) else Verdict(v - (self.mean or 0.0)) for v in self.scores(samples)]
 
     def scores(self, samples: Sequence[Sample]) -> list[float | Verdict]:
-        """The model's own scores; a verdict for an answer that does not fit into it."""
+        """The model's own scores; a verdict for an answer that it cannot read or that does not fit into it."""
         self.place(self.device)
         assert self._scorer is not None
-        return self._scorer(samples)
+        read = [self._read(sample) for sample in samples]
+        found = iter(self._scorer.score([row for row in read if not isinstance(row, Verdict)]))
+        return [row if isinstance(row, Verdict) else next(found) for row in read]
+
+    def _read(self, sample: Sample) -> Row | Verdict:
+        assert self._scorer is not None
+        try:
+            return self._scorer.read(sample)
+        except RewardError:
+            raise
+        except Exception as error:  # a lone surrogate, or messages that the template refuses: this sample's alone
+            return raised(self, error)
 
     def calibrate(self, samples: Sequence[Sample]) -> None:
         """Make these samples' mean score 0.
@@ -107,7 +145,7 @@ class LearnedReward(RewardFunction):
         Raises:
             RewardError: None of them has a score.
         """
-        found = [s for s in self.scores(samples) if not isinstance(s, Verdict)]
+        found = [s for s in self.scores(samples) if not isinstance(s, Verdict) and math.isfinite(s)]
         if not found:
             raise RewardError(f"reward function {self.name}: no sample of the calibration has a score")
         self.mean = sum(found) / len(found)
@@ -117,8 +155,26 @@ class LearnedReward(RewardFunction):
         return {"mean": self.mean}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Count from it again."""
+        """Count from it again.
+
+        Raises:
+            ValueError: Scores are to be calibrated, and the checkpoint knows no mean of a reward by this name.
+        """
         self.mean = state.get("mean")
+        if self.calibration and self.mean is None:
+            raise ValueError(
+                f"{self.key}.name: the checkpoint holds no calibration of a reward called {self.name!r}, and the "
+                "policy is no longer the untrained one; keep the name, or set calibration: 0"
+            )
+
+    def warn_uncalibrated(self) -> None:
+        """Scores are the model's own."""
+        if self.calibration:
+            warnings.warn(
+                f"{self.key}.calibration: no checkpoint says what the untrained policy's answers score, so the scores "
+                "here are the reward model's own; --ckpt_path takes that from a run",
+                stacklevel=2,
+            )
 
     def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
         """Prompt and answer as the reward model reads them.
@@ -142,62 +198,3 @@ class LearnedReward(RewardFunction):
         assert self._encoder is not None
         turn = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
         return self._encoder.dialogue(turn, "the chat template", first=1).completion[-1]
-
-
-class _Packed:
-    """A causal network with a linear head: answers of a prompt share it."""
-
-    def __init__(self, reward: LearnedReward, folder: str):
-        self.reward = reward
-        config = PolicyConfig(model=folder, compute_dtype=reward.compute_dtype)
-        self.scorer = Scorer(config, reward.device, reward.token_budget)
-
-    def __call__(self, samples: Sequence[Sample]) -> list[float | Verdict]:
-        limit = self.scorer.network.context_length
-        prompts, answers, fits = [], [], []
-        for sample in samples:
-            prompt, answer = self.reward.tokens(sample)
-            over = max(0, len(prompt) + len(answer) - limit) if limit is not None else 0
-            fits.append(over < len(prompt))
-            if fits[-1]:
-                prompts.append(prompt[over:])  # a long prompt keeps its end
-                answers.append(answer)
-        found = iter(self.scorer(prompts, answers) if prompts else [])
-        return [next(found) if fit else Verdict(0.0, "invalid", "too_long") for fit in fits]
-
-
-class _Padded:
-    """Any other classifier, through its own tokenizer and forward pass."""
-
-    def __init__(self, reward: LearnedReward, folder: str, tokenizer: Any):
-        self.reward, self.tokenizer = reward, tokenizer
-        try:
-            network, found = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{KEY}.model: {folder} cannot be loaded as a sequence classifier ({error})") from error
-        if missing := sorted(found["missing_keys"]):  # from_pretrained would go on with random numbers in their place
-            raise ValueError(f"{KEY}.model: the files in {folder} lack {len(missing)} weights, {missing[0]} among them")
-        self.network = network.requires_grad_(False).eval().to(reward.device)
-
-    @torch.no_grad()
-    def __call__(self, samples: Sequence[Sample]) -> list[float | Verdict]:
-        limit = getattr(self.network.config, "max_position_embeddings", None)
-        ids = [self._ids(sample)[-limit:] if limit else self._ids(sample) for sample in samples]
-        order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-        scores: list[float | Verdict] = [0.0] * len(ids)
-        while order:
-            count = max(1, self.reward.token_budget // max(len(ids[order[0]]), 1))
-            rows, order = order[:count], order[count:]
-            padded = self.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
-            logits = self.network(**padded.to(self.reward.device)).logits.float()
-            for i, value in zip(rows, logits[:, self.reward.label or 0].tolist(), strict=True):
-                scores[i] = value
-        return scores
-
-    def _ids(self, sample: Sample) -> list[int]:
-        prompt = sample.prompt
-        if not isinstance(prompt, str):
-            prompt = "\n\n".join(message["content"] for message in prompt)
-        return list(self.tokenizer(prompt, sample.completion)["input_ids"])

@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_posttrain import randomness
 from lit_posttrain.batching import pad_sequences
 from lit_posttrain.rewards.base import Judgement
 from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
 from lit_posttrain.rollout.stops import EXACT_TEXT
+from lit_posttrain.sharding import world_size
 from lit_posttrain.types import Completion, Prompt, Sample, SamplingKey, Sequences
 
 
@@ -110,3 +112,13 @@ def assemble(
         engine_log_probs=log_probs,
         rows=[position * each + i for position in positions for i in range(each)],
     )
+
+
+def minibatch_rows(rollout: Rollout, iteration: int, epoch: int, number: int, of: int) -> Int[Tensor, " n"]:
+    """This rank's rows of a random share of the whole batch, the same whatever the world size."""
+    if of == 1:
+        return torch.arange(len(rollout.rows))
+    total = len(rollout.rows) * world_size()
+    order = randomness.permutation(total, randomness.run_seed(), "minibatches", iteration, epoch)
+    chosen = set(order.view(of, -1)[number].tolist())
+    return torch.tensor([i for i, row in enumerate(rollout.rows) if row in chosen], dtype=torch.long)

@@ -1,10 +1,12 @@
 """E3: DPO's frontier of reward against KL beside PPO's, in controlled sentiment (DPO, 2305.18290, section 6.1)."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from cores import one_a_core
 from labels import comparisons, reward_model
@@ -31,9 +33,11 @@ CRITERION = (
 )
 SEEDS = [3, 4, 5]
 
-PRETRAINING, PREFIXES, HELD_OUT = 600, 2000, 256
-BETAS, NOISY_BETAS = (0.05, 0.1, 0.3, 1.0), (0.1,)
-COEFS, LEARNED_COEFS = (0.3, 0.1, 0.03, 0.01), (0.1, 0.03)
+PRETRAINING, PREFIXES, HELD_OUT = 600, 2000, 512
+BETAS, NOISY_BETAS = (0.05, 0.1, 0.3, 1.0, 5.0), (0.1,)
+TARGETS, LEARNED_TARGETS = (3.0, 6.0, 9.0, 12.0), (3.0, 6.0)  # nat an answer
+COEF, HORIZON = 0.05, 640.0  # the KL's weight at first, and the answers over which it is adapted
+COEFS = (0.3, 0.1)  # kept as they are: PPO's frontier below the smallest target
 DPO_STEPS, PPO_STEPS, FT_STEPS, LOOKS, PPO_LR, DPO_LR = 240, 60, 80, 4, 1e-3, 1e-4
 REWARD_EPOCHS, REWARD_LR = 3, 1e-3
 FAR, NEAR = 10.0, 4.0  # nat: how far frontiers are compared at most, and a nearer end beside it
@@ -154,6 +158,22 @@ def compare(reference: Point, runs: Runs, seed: int) -> dict[str, float]:
     return out
 
 
+class TargetKL(pl.Callback):
+    """Has PPO adapt the KL's weight to a target.
+
+    Args:
+        target: KL of an answer, in nats.
+    """
+
+    def __init__(self, target: float):
+        self.target = target
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Into the objective, whose weight is fixed in the small world."""
+        kl = replace(pl_module.objective.kl, target=self.target, horizon=HORIZON)
+        pl_module.objective = replace(pl_module.objective, kl=kl)
+
+
 def train(base: Path, root: Path, seed: int, quick: bool) -> tuple[Point, Runs]:
     """Every run, measured at each look."""
     reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -176,15 +196,18 @@ def train(base: Path, root: Path, seed: int, quick: bool) -> tuple[Point, Runs]:
             folder, watching = watch(f"{arm}_{beta:g}", dpo_every)
             dpo(base, folder, labels, seed, beta, dpo_every * looks, watching, DPO_LR)
     online = partial(
-        ppo, steps=ppo_every * looks, lr=PPO_LR, questions=questions, answers=16 if quick else 128
+        ppo, steps=ppo_every * looks, lr=PPO_LR, kl=COEF, questions=questions, answers=16 if quick else 128
     )  # fmt: skip
     for coef in COEFS:
-        folder, watching = watch(f"ppo_{coef:g}", ppo_every)
+        folder, watching = watch(f"ppo_c{coef:g}", ppo_every)
         online(base, folder, seed, judge, kl=coef, callbacks=[watching])
+    for target in TARGETS:
+        folder, watching = watch(f"ppo_{target:g}", ppo_every)
+        online(base, folder, seed, judge, callbacks=[TargetKL(target), watching])
     learned = reward_model(base, root / "reward", pairs, seed, 1 if quick else REWARD_EPOCHS, REWARD_LR)
-    for coef in LEARNED_COEFS:
-        folder, watching = watch(f"learned_{coef:g}", ppo_every)
-        online(base, folder, seed, learned, kl=coef, callbacks=[watching])
+    for target in LEARNED_TARGETS:
+        folder, watching = watch(f"learned_{target:g}", ppo_every)
+        online(base, folder, seed, learned, callbacks=[TargetKL(target), watching])
     folder, watching = watch("preferred_ft", ft_every)
     preferred_ft(base, folder, pairs, seed, ft_every * looks, watching)
     return measure(reference, reference, held_out, seed), runs

@@ -37,6 +37,20 @@ def test_nothing_changed_although_there_was_a_gradient(tiny_model: Path, tmp_pat
     assert "train/reward" not in scalars(tmp_path), "an iteration that a gate stops is not logged"
 
 
+def test_a_first_step_that_is_left_out_is_no_fault(tiny_model: Path, tmp_path: Path) -> None:
+    """Its gradient overflows, so that nothing moves; the optimizer is not to blame."""
+    module = grpo(tiny_model)
+    loss = module.loss
+
+    def too_steep(*arguments: Any) -> Any:
+        out = loss(*arguments)
+        return out._replace(loss=out.loss * (1e30 if module.trainer.global_step == 0 else 1.0))
+
+    module.loss = too_steep  # type: ignore[method-assign]
+    assert fit(module, prompts(tiny_model, tmp_path), tmp_path).trainer.global_step == 2
+    assert scalars(tmp_path)["train/skipped_updates"][0][1] == 1.0
+
+
 def test_a_learning_rate_of_zero_is_no_fault(tiny_model: Path, tmp_path: Path) -> None:
     """A warm-up begins at 0."""
     warm_up = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(step, 1))  # noqa: E731

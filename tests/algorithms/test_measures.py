@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lit_posttrain.algorithms.measures import rollout_metrics, rollout_sums
+from lit_posttrain.algorithms.measures import explained_variance, rollout_metrics, rollout_sums
 from lit_posttrain.batching import pad_sequences
 from lit_posttrain.rewards.base import Judgement
 from lit_posttrain.rollout.collect import Rollout
@@ -106,3 +106,17 @@ def test_mismatch_and_entropy_of_masked_tokens_alone() -> None:
     later, nothing = rollout_sums(batch, log_probs, log_probs, entropy, first=False)
     assert set(later) == {"scored_fraction", "entropy", "policy/approxkl_avg", "val/ratio", "val/ratio_square"}
     assert nothing == {}
+
+
+def test_explained_variance_of_returns_that_are_far_from_zero() -> None:
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    returns = torch.tensor([[1000.0, 1001.0, math.nan], [1002.0, 1003.0, 7.0]])
+    values = returns + torch.tensor([[0.5, -0.5, 1.0], [0.5, -0.5, math.nan]])
+    assert explained_variance(returns, values, mask, CPU) == pytest.approx(1 - 0.25 / 1.25)
+
+
+@pytest.mark.parametrize("constant", [0.0, 1.0, 0.1, -1e4, 1e-6])
+def test_returns_that_differ_by_rounding_alone_have_no_variance_to_explain(constant: float) -> None:
+    values = torch.linspace(-1.0, 1.0, 90).view(3, 30)
+    returns = (constant - values) + values  # in fp32
+    assert explained_variance(returns, values, torch.ones(3, 30, dtype=torch.bool), CPU) == 0.0

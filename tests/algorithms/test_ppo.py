@@ -1,6 +1,7 @@
 """PPO's step against one written out by hand on the plain HF network, and what its settings do."""
 
 import itertools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from ppo_runs import GROUP, ppo, ppo_objective
-from tiny_runs import BATCH, Watch, curve, fit, gap, prompts, scalars, weights
+from tiny import write_tiny_model
+from tiny_runs import BATCH, Watch, curve, fit, gap, prompts, scalars, trainer, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lit_posttrain.algorithms import PPO
-from lit_posttrain.critic import CriticConfig
+from lit_posttrain.critic import CriticConfig, load_critic
 from lit_posttrain.objective import KLConfig
+from lit_posttrain.policy import LoraConfig, PolicyConfig
 from lit_posttrain.ppo_objective import GAEConfig, ValueConfig
 from lit_posttrain.reference import ReferenceConfig
 
@@ -73,8 +76,6 @@ def test_one_step_is_the_one_written_out_by_hand(tiny_model: Path, tmp_path: Pat
 
     module.on_train_start = lambda real=module.on_train_start: (real(), remember(None, module))[0]  # type: ignore
     # A reference of other weights, so that the KL is not 0.
-    from tiny import write_tiny_model
-
     other = write_tiny_model(tmp_path / "other", seed=1)
     module.reference_config = ReferenceConfig(model=str(other))
     fit(module, prompts(tiny_model, tmp_path), tmp_path, max_steps=1)
@@ -232,6 +233,42 @@ def test_the_kl_coefficient_is_adapted_by_answers(tiny_model: Path, tmp_path: Pa
     assert charged == pytest.approx([-c * k for c, k in zip(coefs, kls, strict=True)], rel=1e-4, abs=1e-6)
 
 
+def test_the_kl_coefficient_waits_for_the_policy(tiny_model: Path, tmp_path: Path) -> None:
+    """While the critic warms up the KL is 0 and says nothing about the coefficient."""
+    kl = KLConfig(estimator="k1", placement="reward", coef=0.2, target=0.05, horizon=100.0)
+    ran(
+        tiny_model, tmp_path / "run", steps=4, lr=0.3, objective=ppo_objective(kl), critic=CriticConfig(warmup=2),
+    )  # fmt: skip
+    coefs = curve(tmp_path / "run", "train/objective/kl_coef")
+    assert coefs[:3] == pytest.approx([0.2] * 3, rel=1e-6)
+    assert coefs[3] != pytest.approx(0.2, rel=1e-6)
+
+
+def test_a_horizon_that_one_iteration_could_overshoot_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    def built(horizon: float) -> PPO:
+        return ppo(tiny_model, objective=ppo_objective(KLConfig(estimator="k1", placement="reward", coef=0.2,
+                                                                target=6.0, horizon=horizon)))  # fmt: skip
+
+    module = built(1.6)
+    with pytest.raises(ValueError, match=r"objective\.kl\.horizon: .* = 0\.2 \* 2 \* 4 = 1\.6, is 1\.6"):
+        fit(module, prompts(tiny_model, tmp_path), tmp_path)
+    assert module.policy is None
+    assert fit(built(1.7), prompts(tiny_model, tmp_path), tmp_path, max_steps=1).kl_coef > 0
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(r=2, alpha=4)])
+def test_the_average_of_a_policy_that_rests_is_the_policy(
+    tiny_model: Path, tmp_path: Path, lora: LoraConfig | None
+) -> None:
+    """Adapters are drawn at random: the average begins at the policy's own."""
+    module = ran(
+        tiny_model, tmp_path / "run", steps=2, ema_decay=0.8, critic=CriticConfig(warmup=9), policy={"lora": lora}
+    )
+    assert module.average is not None
+    for (name, mine), theirs in zip(module.average.named_parameters(), module.built_policy().parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_critic_warms_up_alone(tiny_model: Path, tmp_path: Path, shared: bool) -> None:
     seen: list[Any] = []
@@ -292,6 +329,32 @@ def test_whitening_uses_the_moments_of_all_answers(tiny_model: Path, tmp_path: P
     assert float(columns["returns"][0][rollout.mask[0]][0]) == pytest.approx(float(white[:first].sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("critic", [None, 3 * LR])
+def test_rates_are_those_of_the_iteration(tiny_model: Path, tmp_path: Path, critic: float | None) -> None:
+    halved = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5**step)  # noqa: E731
+    ran(tiny_model, tmp_path / "run", steps=3, lr=LR, scheduler=halved, critic=CriticConfig(lr=critic))
+    values = scalars(tmp_path / "run")
+    rates = [LR, LR / 2, LR / 4]
+    for tag in ("train/lr", "train/learning_rate"):
+        assert [v for _, v in values[tag]] == pytest.approx(rates)
+    if critic is None:
+        assert "train/lr/critic" not in values
+    else:
+        assert [v for _, v in values["train/lr/critic"]] == pytest.approx([3 * r for r in rates])
+
+
+def test_kl_and_entropy_of_the_first_update_where_nothing_was_scored_before(tiny_model: Path, tmp_path: Path) -> None:
+    """KL in the loss, one update a rollout: the same numbers as where the policy is scored for its rewards."""
+    other = ReferenceConfig(model=str(write_tiny_model(tmp_path / "other", seed=1)))
+    for placement in ("reward", "loss"):
+        kl = KLConfig(estimator="k1", placement=placement, coef=0.3)
+        ran(tiny_model, tmp_path / placement, objective=ppo_objective(kl), reference=other, token_budget=40)
+    for name in ("kl", "entropy", "kl_coef"):
+        values = [curve(tmp_path / placement, f"train/objective/{name}") for placement in ("reward", "loss")]
+        assert values[0] == pytest.approx(values[1], rel=1e-5), name
+        assert values[0] != [0.0]
+
+
 def test_every_tag_of_the_last_trl_ppo(tiny_model: Path, tmp_path: Path) -> None:
     ran(tiny_model, tmp_path / "run", num_minibatches=2)
     tags = {t.removeprefix("train/") for t in scalars(tmp_path / "run")}
@@ -323,6 +386,12 @@ def test_a_simple_reward_is_learned(tiny_model: Path, tmp_path: Path) -> None:
         (lambda m: ppo(m, objective=ppo_objective(value=ValueConfig(coef=0.0, clip=0.2))), "value.coef"),
         (lambda m: ppo(m, objective=ppo_objective(value=ValueConfig(coef=0.1, clip=0.0))), "value.clip"),
         (lambda m: ppo(m, ema_decay=1.0), "ema_decay"),
+        (lambda m: ppo(m, critic=CriticConfig(lr=math.nan)), "critic.lr"),
+        (lambda m: ppo(m, critic=CriticConfig(shared=True, gradient_checkpointing=True)), "critic.gradient_checkp"),
+        (lambda m: ppo(m, objective=ppo_objective(missing_eos_penalty=math.nan)), "missing_eos_penalty"),
+        (lambda m: ppo(m, objective=ppo_objective(missing_eos_reward=math.inf)), "missing_eos_reward"),
+        (lambda m: ppo(m, max_grad_norm=math.nan), "max_grad_norm"),
+        (lambda m: ppo(m, max_grad_norm=math.inf), "max_grad_norm"),
         (lambda m: KLConfig(estimator="k1", placement="loss", coef=0.1, target=1.0, horizon=9.0), "kl.target"),
         (lambda m: KLConfig(estimator="k1", placement="reward", coef=0.1, target=1.0), "kl.horizon"),
         (lambda m: ppo_objective(kl=0.1, missing_eos_reward=-1.0, missing_eos_penalty=0.5), "missing_eos_penalty"),
@@ -331,6 +400,59 @@ def test_a_simple_reward_is_learned(tiny_model: Path, tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_refused(tiny_model: Path, build: Callable[[Path], Any], key: str) -> None:
     with pytest.raises(ValueError, match=key.replace(".", r"\.")):
         build(tiny_model)
+
+
+NO_FIT = {
+    "vocabulary": ({"vocab_size": 100}, "knows 100 tokens and the policy's tokenizer has 258"),
+    "positions": ({"max_position_embeddings": 8}, "has fewer positions than the policy.* the model has 8"),
+    "tokenizer": ({}, "has another tokenizer than the policy: 2 tokens have other ids there"),
+}
+
+
+@pytest.mark.parametrize("key", ["critic", "reference"])
+@pytest.mark.parametrize("fault", NO_FIT)
+def test_a_network_that_cannot_read_the_policys_tokens_is_named_before_anything_is_sampled(
+    tiny_model: Path, tmp_path: Path, key: str, fault: str
+) -> None:
+    overrides, message = NO_FIT[fault]
+    other = write_tiny_model(tmp_path / "other", seed=3, **overrides)
+    if fault == "tokenizer":
+        file = other / "tokenizer.json"
+        content = json.loads(file.read_text())
+        vocabulary = content["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        file.write_text(json.dumps(content))
+    config: Any = CriticConfig(model=str(other)) if key == "critic" else ReferenceConfig(model=str(other))
+    module = ppo(tiny_model, **{key: config})
+    module.collect = lambda *_: pytest.fail("it sampled")  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=rf"model\.init_args\.{key}\.model: .*other {message}"):
+        fit(module, prompts(tiny_model, tmp_path), tmp_path)
+
+
+def test_a_critic_without_a_tokenizer_is_taken(tiny_model: Path, tmp_path: Path) -> None:
+    other = write_tiny_model(tmp_path / "other", seed=3, hidden_size=48)
+    for file in other.glob("token*"):
+        file.unlink()
+    ran(tiny_model, tmp_path / "run", critic=CriticConfig(model=str(other)))
+
+
+def test_a_run_that_ends_before_the_policy_is_trained_is_warned_of(tiny_model: Path, tmp_path: Path) -> None:
+    module = ppo(tiny_model, critic=CriticConfig(warmup=1))
+    with pytest.warns(UserWarning, match=r"critic\.warmup: the run has 1 iterations"):
+        trainer(tmp_path, max_steps=1).fit(module, prompts(tiny_model, tmp_path))
+
+
+def test_an_architecture_without_a_classifier_may_share_the_policys_network(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(config: Any, key: str) -> Any:
+        raise ValueError(f"{key}: transformers has no sequence classifier")
+
+    monkeypatch.setattr("lit_posttrain.scalar_heads.biased", none)
+    for critic, mended in ((CriticConfig(), True), (CriticConfig(model=str(tiny_model)), False)):
+        with pytest.raises(ValueError, match=r"^model\.init_args\.critic\.model: ") as error:
+            load_critic(PolicyConfig(model=str(tiny_model)), critic)
+        assert ("critic.shared: true" in str(error.value)) is mended
 
 
 def test_a_critic_that_is_no_model_is_named(tiny_model: Path, tmp_path: Path) -> None:
@@ -354,8 +476,6 @@ def test_dual_clip_by_hand() -> None:
 def test_the_critics_view_follows_its_weights(tiny_model: Path, tmp_path: Path) -> None:
     """In bf16 values are computed with a copy of the weights, made again after every update."""
     policy = {"compute_dtype": "bfloat16"}
-    from lit_posttrain.policy import PolicyConfig
-
     module = ppo(tiny_model, policy=None, lr=0.5, objective=ppo_objective(kl=0.0))
     module.policy_config = PolicyConfig(model=str(tiny_model), **policy)  # type: ignore[arg-type]
     fit(module, prompts(tiny_model, tmp_path), tmp_path, max_steps=2)

@@ -1,9 +1,14 @@
 """PPO-ptx that is killed anywhere goes on bit for bit: critic, KL controller, average, text, learned reward."""
 
+import itertools
 import os
+import shutil
 import signal
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,16 +16,20 @@ import torch
 from kills import At, Tick, bits, ignore, record, saved, start
 from ppo_runs import ppo, ppo_objective
 from test_grpo_resume import TickingEngine
-from test_ptx import text
-from tiny_runs import child, even, prompts
+from test_ptx import ptx, text
+from tiny import write_tiny_model
+from tiny_runs import child, curve, even, prompts, trainer
 
 from lit_posttrain import callbacks
+from lit_posttrain.algorithms import PPO
 from lit_posttrain.algorithms.pretraining import PtxConfig
+from lit_posttrain.callbacks import CheckpointEvery
+from lit_posttrain.checkpoint import newest_checkpoint
 from lit_posttrain.critic import CriticConfig
 from lit_posttrain.data import SupervisedExamples
 from lit_posttrain.data.mixture import Source
 from lit_posttrain.objective import KLConfig
-from lit_posttrain.policy import PolicyConfig
+from lit_posttrain.policy import LoraConfig, PolicyConfig
 from lit_posttrain.rewards import LearnedReward, PythonReward
 from lit_posttrain.scalar_heads import ScoreNetwork
 
@@ -133,3 +142,83 @@ def test_other_text_is_refused(tiny_model: Path, reward_model: Path, tmp_path: P
     )
     with pytest.raises(ValueError, match=r"model\.init_args\.ptx\.data"):
         attempt("shared", tiny_model, reward_model, tmp_path, ignore, ptx=other)
+
+
+# --- another YAML -----------------------------------------------------------------------------------------------------
+
+
+def one_more(model: Path, folder: Path, **overrides: Any) -> PPO:
+    """One iteration more than the newest checkpoint in the folder has, or the first one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = newest_checkpoint(folder / "version_0")
+    arguments = {name: make(folder) if callable(make) else make for name, make in overrides.items()}
+    run = trainer(folder, CheckpointEvery(1), max_steps=found.step + 1 if found else 1)
+    module = ppo(model, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(module, prompts(model, folder), ckpt_path=found and found.state)
+    return module
+
+
+LORA: Any = {"policy": {"lora": LoraConfig(r=2, alpha=4)}}
+AVERAGE: Any = {"ema_decay": 0.9}
+WITH_TEXT: Any = {"ptx": lambda folder: ptx(folder, coef=0.5)}
+BIGGER: Any = {"critic": lambda folder: CriticConfig(model=str(write_tiny_model(folder / "bigger", hidden_size=48)))}
+CHANGES = {
+    "average added": ({}, AVERAGE, "ema_decay: .* with nothing here, and this one has a moving average"),
+    "average removed": (AVERAGE, {}, "ema_decay: .* with a moving average here, and this one has nothing"),
+    "average added with adapters": (LORA, {**LORA, **AVERAGE}, "ema_decay: "),
+    "adapters removed": (LORA, {}, "policy.lora: .* with r 2, alpha 4, target_modules all-linear here, .* nothing"),
+    "critic shared": ({}, {"critic": CriticConfig(shared=True)}, "critic.shared: .* a critic of its own .* a shared"),
+    "critic of another size": ({}, BIGGER, "critic.model: .* LlamaForSequenceClassification with"),
+    "critic of another size with adapters": (LORA, {**LORA, **BIGGER}, "critic.model: "),
+    "text removed": (WITH_TEXT, {}, "ptx: .* text for num_epochs 1, num_minibatches 1 here, and this one has nothing"),
+    "text for more epochs": (WITH_TEXT, {**WITH_TEXT, "num_epochs": 2}, "ptx: .* num_epochs 2, num_minibatches 1"),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], Path]:
+    """Folders of runs after their first iteration, one for each kind."""
+    folders: dict[str, Path] = {}
+
+    def begin(overrides: dict[str, Any]) -> Path:
+        key = ", ".join(overrides)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("begun")
+            one_more(tiny_model, folders[key], **overrides)
+        return folders[key]
+
+    return begin
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_that_is_made_otherwise_is_refused_in_one_line(
+    tiny_model: Path, tmp_path: Path, begun: Callable[[dict[str, Any]], Path], change: str
+) -> None:
+    before, now, message = CHANGES[change]
+    shutil.copytree(begun(before), tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"^model\.init_args\.{message}") as error:
+        one_more(tiny_model, tmp_path / "run", **now)
+    assert "\n" not in str(error.value)
+    one_more(tiny_model, tmp_path / "run", **before)  # nothing was lost by the refusal
+
+
+def test_a_fixed_coefficient_is_the_yamls(
+    tiny_model: Path, tmp_path: Path, begun: Callable[[dict[str, Any]], Path]
+) -> None:
+    shutil.copytree(begun({}), tmp_path / "run")
+    assert one_more(tiny_model, tmp_path / "run", objective=ppo_objective(kl=0.7)).kl_coef == 0.7
+    assert curve(tmp_path / "run", "train/objective/kl_coef")[-1] == pytest.approx(0.7)
+
+
+def test_episodes_a_second_are_this_processs(
+    tiny_model: Path, tmp_path: Path, begun: Callable[[dict[str, Any]], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on by a second whenever it is asked."""
+    shutil.copytree(begun({}), tmp_path / "run")
+    clock = itertools.count(100.0)
+    monkeypatch.setattr("lit_posttrain.algorithms.ppo.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    module = one_more(tiny_model, tmp_path / "run")
+    assert module.episodes == 16
+    assert curve(tmp_path / "run", "train/eps")[-1] == 8.0

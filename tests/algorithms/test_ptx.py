@@ -2,16 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from ppo_runs import GROUP, ppo
-from tiny_runs import BATCH, curve, fit, gap, grpo, prompts, scalars, weights
+from tiny_runs import BATCH, Failing, Recorder, curve, fit, gap, grpo, prompts, scalars, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_posttrain.algorithms.pretraining import PtxConfig
-from lit_posttrain.data import SupervisedExamples
+from lit_posttrain.algorithms.pretraining import Pretraining, PtxConfig
+from lit_posttrain.critic import CriticConfig
+from lit_posttrain.data import Preferences, SupervisedExamples, UnpairedPreferences
 from lit_posttrain.data.mixture import Source
 
 LR = 1e-2
@@ -101,6 +103,50 @@ def test_minibatches_and_epochs_share_out_the_text(tiny_model: Path, tmp_path: P
         rows = slice(i % 4, None, 4)
         assert read[i][1] == int((wanted.lengths[rows] - 1).sum())
     assert len({r[2:] for r in read}) == 24
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_no_text_is_read_while_the_policy_rests(tiny_model: Path, tmp_path: Path, shared: bool) -> None:
+    """Afterwards it begins where it would have been: its position follows from the iteration."""
+    module = ppo(tiny_model, ptx=ptx(tmp_path), critic=CriticConfig(shared=shared, warmup=1), num_epochs=2)
+    read: list[int] = []
+    batch = module.pretraining.data.batch  # type: ignore[union-attr]
+    module.pretraining.data.batch = lambda number: (read.append(number), batch(number))[1]  # type: ignore[union-attr]
+    fit(module, prompts(tiny_model, tmp_path), tmp_path, max_steps=2)
+    assert read == [2, 3]
+    assert [step for step, _ in scalars(tmp_path)["train/loss/ptx"]] == [2]
+
+
+def test_a_first_minibatch_without_a_valid_answer_is_trained_on_its_text(tiny_model: Path, tmp_path: Path) -> None:
+    seen = [0]
+
+    def rarely(_: Any) -> bool:
+        seen[0] += 1
+        return seen[0] % (BATCH * GROUP) != 1
+
+    module = ppo(tiny_model, [Failing(rarely)], ptx=ptx(tmp_path), num_minibatches=8)
+    recorder = Recorder(module)
+    fit(module, prompts(tiny_model, tmp_path), tmp_path, max_steps=2)
+    assert "loss/ptx" in recorder.results[0].metrics
+    assert "sampling/sampling_logp_difference/mean" not in recorder.results[0].metrics
+
+
+def test_comparisons_are_no_text(tiny_model: Path, tmp_path: Path) -> None:
+    """Chosen and rejected completions would be learned alike."""
+    rows = [{"prompt": f"{i}", "chosen": "b", "rejected": "c"} for i in range(48)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for kind in (Preferences, UnpairedPreferences):
+        data = kind(dataset=str(tmp_path / "pairs.jsonl"), batch_size=16, held_out_percent=0, val_size=0)
+        module = ppo(tiny_model, ptx=PtxConfig(coef=1.0, ratio=2.0, data=data))
+        with pytest.raises(ValueError, match=rf"model\.init_args\.ptx\.data: {kind.__name__} .*pairs\.jsonl"):
+            fit(module, prompts(tiny_model, tmp_path), tmp_path)
+
+
+def test_a_ratio_that_floats_cannot_hold(tiny_model: Path, tmp_path: Path) -> None:
+    """1.1 x 10 is a little more than 11."""
+    config = ptx(tmp_path, ratio=1.1, batch_size=11)
+    module: Any = SimpleNamespace(num_minibatches=1, trainer=None)
+    Pretraining(config).setup(module, 10, AutoTokenizer.from_pretrained(tiny_model))
 
 
 def test_a_mixture_is_drawn_by_weight(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Reward models: the published loss, each completion scored once, scores as exported, labels and steps."""
 
 import itertools
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import pytest
 import torch
 import yaml
 from offline_runs import KINDS, data, fit, module, pair, trained, write
+from tiny import byte_tokenizer
 from tiny_runs import Recorder, curve
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_posttrain.callbacks import CheckpointEvery
 from lit_posttrain.data import Preferences
@@ -336,3 +340,17 @@ def test_labelled_models_are_evaluated_and_saved(kind: str, tiny_model: Path, tm
     fit(run, examples, tmp_path / "second", limit_val_batches=1.0, val_check_interval=2)
     assert 0 <= curve(tmp_path / "second", "eval/ece")[0] <= 1
     assert 0 <= curve(tmp_path / "second", "eval/accuracy")[0] <= 1
+
+
+def test_a_tokenizer_that_scores_could_not_be_exported_with(tiny_model: Path, tmp_path: Path) -> None:
+    """GPT-2's knows one special token, which ends texts."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    backend = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] == "<|im_end|>"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="<|im_end|>", pad_token="<|im_end|>"
+    ).save_pretrained(folder)
+    run = module("rm", folder)
+    with pytest.raises(ValueError, match=r"policy\.model: the tokenizer has no special token besides its end token"):
+        fit(run, data("rm", folder, tmp_path), tmp_path)

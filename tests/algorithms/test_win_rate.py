@@ -7,22 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from offline_runs import KINDS, data, fit, module, write
-from tiny import write_tiny_model
+from tiny import byte_tokenizer, write_tiny_model
 from tiny_runs import curve, trainer
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from two_processes import train_in_two
 
 from lit_posttrain.algorithms.generations import GenerationConfig
-from lit_posttrain.algorithms.win_rate import WinRate, WinRateDuringTraining, compare
+from lit_posttrain.algorithms.win_rate import WinRate, WinRateDuringTraining, compare, given
+from lit_posttrain.data import Preferences
 from lit_posttrain.judges import Answer, Judge, PythonJudge, RewardJudge, RewardModelJudge, by_score
 from lit_posttrain.metrics import WinRate as Metric
 from lit_posttrain.metrics import calibration_error
 from lit_posttrain.policy import PolicyConfig
-from lit_posttrain.rewards import PythonReward
+from lit_posttrain.rewards import LearnedReward, PythonReward, RewardError
 from lit_posttrain.scalar_heads import ScoreNetwork
+from lit_posttrain.types import Sample
 
 SHORT = GenerationConfig(max_new_tokens=5)
 
@@ -142,10 +145,12 @@ def test_calibration_of_hand_made_values() -> None:
 
 
 def test_verdicts_of_a_callable() -> None:
-    said: list[Any] = ["first", "second", "tie", None, 1, 0, 0.5, True, 0.25]
+    said: list[Any] = ["first", "second", "tie", None, 1, 0, 0.5, True, 0.25, torch.tensor(1.0), numpy.float32(0.5)]
     judge = PythonJudge(lambda prompts, first, second: said)
-    nine = answers(*[1] * 9)
-    assert judge.compare(nine, nine) == [1.0, 0.0, 0.5, 0.5, 1.0, 0.0, 0.5, 1.0, 0.25]
+    each = answers(*[1] * len(said))
+    assert judge.compare(each, each) == [1.0, 0.0, 0.5, 0.5, 1.0, 0.0, 0.5, 1.0, 0.25, 1.0, 0.5]
+    with pytest.raises(ValueError, match=r"judge.init_args.function: returned a NoneType"):
+        PythonJudge(lambda prompts, first, second: None).compare(each, each)
     seen: list[Any] = []
     PythonJudge(lambda *texts: seen.append(texts) or [0.5]).compare(answers(2), answers(3))
     assert seen == [(["p0"], ["xx"], ["xxx"])]
@@ -198,6 +203,85 @@ def test_a_reward_model_judges_by_its_scores(budget: int, tiny_model: Path, tmp_
     expected = [0.5 if a == b else float(score(a) > score(b)) for a, b in zip(first, second, strict=True)]
     assert judge.compare(first, second) == expected
     assert set(expected) == {0.0, 0.5, 1.0}
+
+
+def test_a_language_model_is_no_judge(tiny_model: Path) -> None:
+    """A head drawn at random would decide."""
+    with pytest.raises(ValueError, match=r"judge\.init_args\.model: .* without a reward model's head"):
+        RewardModelJudge(str(tiny_model)).place(torch.device("cpu"))
+
+
+def reward_model(base: Path, folder: Path) -> Path:
+    ScoreNetwork(PolicyConfig(model=str(base), compute_dtype="float32")).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
+def test_a_judge_with_another_tokenizer(tiny_model: Path, tmp_path: Path) -> None:
+    folder = reward_model(tiny_model, tmp_path / "rm")
+    policys = byte_tokenizer()
+    RewardModelJudge(str(folder)).place(torch.device("cpu"), policys)
+    policys.add_tokens(["of its own"])
+    with pytest.raises(ValueError, match=r"judge\.init_args\.model: the tokenizer in .* is not the policy's"):
+        RewardModelJudge(str(folder)).place(torch.device("cpu"), policys)
+
+
+def test_answers_that_do_not_fit_into_the_judge(tmp_path: Path) -> None:
+    """A long prompt loses its beginning, and a long answer ties, with a warning."""
+    small = write_tiny_model(tmp_path / "small", max_position_embeddings=16)
+    judge = RewardModelJudge(str(reward_model(small, tmp_path / "rm")), compute_dtype="float32")
+    long, cut = Answer([9] * 20 + [5, 6, 7, 8], [3] * 12, "", ""), Answer([5, 6, 7, 8], [3] * 12, "", "")
+    never = Answer([5], [3] * 40, "", "")
+    scores = judge.scores([long, cut, never])
+    assert scores[0] == pytest.approx(scores[1])
+    assert scores[2] is None
+    with pytest.warns(UserWarning, match="1 of 2 comparisons are ties"):
+        assert judge.compare([never, long], [cut, cut])[0] == 0.5
+
+
+def test_a_reward_judge_that_never_has_a_verdict_stops(tmp_path: Path) -> None:
+    def boom(completions: list[str], **_: Any) -> list[float]:
+        raise KeyError("x")
+
+    judge = RewardJudge([PythonReward(boom, timeout=10.0)])
+    with pytest.raises(RewardError, match=r"judge\.init_args\.rewards"):
+        judge.compare(answers(5), answers(1))
+    judge.close()
+    missing = RewardJudge([LearnedReward(str(tmp_path / "nowhere"))])
+    with pytest.raises(ValueError, match=r"judge\.init_args\.rewards\.init_args\.model: there is no folder"):
+        missing.place(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"judge\.init_args\.rewards: two functions are called 'LearnedReward'"):
+        RewardJudge([LearnedReward("a"), LearnedReward("b")])
+
+
+def test_a_learned_reward_judges_as_the_reward_model_does(tiny_model: Path, tmp_path: Path) -> None:
+    """It reads the conversation and whether the answer ended, not a text that has lost both."""
+    folder = reward_model(tiny_model, tmp_path / "rm")
+
+    def said(text: str) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": text}]
+
+    asked = [{"role": "user", "content": "Say 1?"}]
+    rows = [{"prompt": asked, "chosen": said(t), "rejected": said("no")} for t in ("one", "it is one", "1!")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Preferences(
+        dataset=str(tmp_path / "rows.jsonl"), batch_size=3, tokenizer=str(tiny_model), held_out_percent=0, val_size=0
+    )
+    source.setup("fit")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    examples = source.examples("train")
+    ended = given(examples, tokenizer, [tokenizer.eos_token_id])
+    assert [a.messages for a in ended] == [asked] * 3
+    assert {a.stop_reason for a in ended} == {"stop"}
+    cut = given([e._replace(completions=[c[:-1] for c in e.completions]) for e in examples], tokenizer, [1])
+    assert {a.stop_reason for a in cut} == {"length"}
+    by_tokens = RewardModelJudge(str(folder), compute_dtype="float32")
+    by_text = RewardJudge([LearnedReward(str(folder), compute_dtype="float32")])
+    scores = by_tokens.scores([*ended, *cut])
+    for function in by_text.rewards:
+        verdicts = function([Sample(a.messages or "", a.text, a.ids, a.stop_reason, None, {}) for a in (*ended, *cut)])
+        assert [v.score for v in verdicts] == pytest.approx(scores, abs=1e-5)
+    assert by_text.compare(ended, cut) == by_tokens.compare(ended, cut)
 
 
 # --- as an evaluation -----------------------------------------------------------------------------------------------

@@ -82,6 +82,30 @@ def test_summary_counts_everything(make_data: Make, jsonl: Jsonl) -> None:
     assert "7" not in [p.answer for p in made.prompts("train")]
 
 
+def test_a_long_prompt_is_cut_at_the_questions_end(make_data: Make, jsonl: Jsonl, tokenizer: Any) -> None:
+    """What the template writes after the question stays, and a character is not torn."""
+    path = jsonl([{"prompt": "abcdefgh" * 6, "answer": "1"}, {"prompt": "né" * 30, "answer": "2"}, *rows(1)])
+    data = loaded(
+        make_data(
+            dataset=path, held_out_percent=0, max_prompt_length=20, long_prompts="cut", batch_size=1,
+            template=Template(kind="plain", instruction="{question} =", prefill=""),
+        )
+    )  # fmt: skip
+    first, second, short = data.prompts("train")
+    lengths = [len(p.token_ids) for p in (first, second, short)]
+    assert lengths[0] == 20
+    assert 16 < lengths[1] <= 20
+    assert isinstance(first.prompt, str)
+    assert first.prompt.endswith(" =")
+    assert ("abcdefgh" * 6).startswith(first.prompt.removesuffix(" ="))
+    assert isinstance(second.prompt, str)
+    assert ("né" * 30).startswith(second.prompt.removesuffix(" ="))
+    assert short.prompt == "What is 0 + 1? ="
+    assert [p.question for p in (first, second)] == ["abcdefgh" * 6, "né" * 30]
+    assert data.summary()["train"]["cut_prompts"] == 2
+    assert data.summary()["train"]["long_prompts"] == 0
+
+
 def test_the_summary_is_printed_once(make_data: Make, jsonl: Jsonl, caplog: pytest.LogCaptureFixture) -> None:
     data = loaded(make_data(dataset=jsonl(rows(40))))
     with caplog.at_level("INFO"):
@@ -250,6 +274,10 @@ BAD_DATA = {
     "too long": (
         {"max_prompt_length": 15, "dataset": rows(12)},
         "max_prompt_length: 2 prompts are longer than 15 tokens, the longest with 16 at .*:11.*long_prompts: drop",
+    ),
+    "messages, cut": (
+        {"max_prompt_length": 3, "long_prompts": "cut", "dataset": [TRL], "template": Template(kind="chat")},
+        r"rows.jsonl:1: the prompt is a conversation .*only a text can be cut; set data.init_args.long_prompts: drop",
     ),
     "all too long": ({"max_prompt_length": 3, "long_prompts": "drop"}, "no training prompts are left"),
     "empty file": ({"dataset": []}, r"data.init_args.dataset: .* is empty \(0 rows\)"),

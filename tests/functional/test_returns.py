@@ -137,6 +137,10 @@ def test_adaptive_coefficient(kl: float, expected: float) -> None:
 
 
 @pytest.mark.trap(34)
+def test_a_kl_that_is_not_a_number_leaves_the_coefficient() -> None:
+    assert adapted_coef(0.1, math.nan, 6.0, 10_000.0, 256) == 0.1
+
+
 def test_scores_of_answers_that_did_not_end() -> None:
     scores, ended = rows([2.0, 3.0])[0], torch.tensor([True, False])
     assert ended_scores(scores, ended, -1.0, 0.0).tolist() == [2.0, -1.0]

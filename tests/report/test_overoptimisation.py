@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lit_posttrain.checkpoint import newest_checkpoint
 from lit_posttrain.policy import LoraConfig
 from lit_posttrain.reference import ReferenceConfig
 from lit_posttrain.report.overoptimisation import OverOptimisation
-from lit_posttrain.rewards import PythonReward
+from lit_posttrain.rewards import LearnedReward, PythonReward
 
 EVERY = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None, "max_steps": 3}
 
@@ -171,3 +172,27 @@ def test_two_processes_measure_what_one_does(tiny_model: Path, tmp_path: Path, s
     assert single[-1]["kl"] > 1e-3
     for mine, theirs in zip(single, both, strict=True):
         assert theirs == pytest.approx(mine, rel=1e-3, abs=1e-6)
+
+
+def test_gold_that_would_be_calibrated_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"OverOptimisation\.gold\.init_args\.calibration"):
+        OverOptimisation(gold=LearnedReward("somewhere", calibration=4))
+
+
+def test_a_missing_gold_model_is_named_as_gold(tiny_model: Path, tmp_path: Path) -> None:
+    watching = OverOptimisation(gold=LearnedReward(str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match=r"OverOptimisation\.gold\.init_args\.model: there is no folder"):
+        fit(ppo(tiny_model), held_out(tiny_model, tmp_path), tmp_path, watching, **EVERY)
+
+
+def test_what_is_short_or_missing_is_said(tiny_model: Path, tmp_path: Path) -> None:
+    def never(completions: list[str], **_: Any) -> list[float | None]:
+        return [None] * len(completions)
+
+    watching = OverOptimisation(gold=PythonReward(never, timeout=10.0), prompts=500)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer(tmp_path, watching, **EVERY).fit(ppo(tiny_model), held_out(tiny_model, tmp_path))
+    texts = [str(w.message) for w in said]
+    assert any("OverOptimisation.prompts: 500, but only" in t for t in texts)
+    assert any("no answer has a valid gold reward" in t for t in texts)

@@ -1,6 +1,7 @@
 """Verdict rules: what the answer caused scores 0, what the infrastructure caused is invalid, nothing is invented."""
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -180,3 +181,40 @@ def test_equal_scores_give_bitwise_equal_rewards():
     f = [Each(lambda s: 0.7, weight=0.1, name="a"), Each(lambda s: 0.3, weight=0.7, name="b")]
     rewards = judge(f, [sample()] * 8).rewards
     assert rewards.max() == rewards.min()
+
+
+def test_a_function_of_weight_0_is_only_watched() -> None:
+    """What it says, or fails to say, moves neither rewards nor which samples count."""
+
+    class Fixed(RewardFunction):
+        def __init__(self, name: str, verdicts: list[Verdict], weight: float = 1.0):
+            super().__init__(weight, name)
+            self.verdicts = verdicts
+
+        def __call__(self, samples: Sequence[Sample]) -> list[Verdict]:
+            return self.verdicts[: len(samples)]
+
+    bad, absent, good = Verdict(0.0, "invalid", "x"), Verdict(0.0, "not_applicable"), Verdict(2.0)
+    samples = [Sample("q", "a", [1], "stop", None, {})] * 3
+    main = Fixed("main", [good, good, absent])
+    watched = Fixed("watched", [bad, good, good], weight=0.0)
+    alone, both = judge([main], samples), judge([main, watched], samples)
+    assert both.rewards.tolist() == alone.rewards.tolist() == [2.0, 2.0, 0.0]
+    assert both.valid.tolist() == alone.valid.tolist() == [True, True, False]
+    assert both.scores[1:, 1].tolist() == [2.0, 2.0]
+    # Where nothing is learned from, as in an evaluation, what is watched decides.
+    assert judge([watched], samples[:2]).valid.tolist() == [False, True]
+
+
+def test_what_fp32_cannot_hold_is_no_reward() -> None:
+    """Alone or as a sum; an infinite reward would make every advantage of its group NaN."""
+    assert to_verdict(1e39).status == to_verdict(-1e300).status == "invalid"
+    assert to_verdict(3e38).score == 3e38
+
+    class Huge(PerSampleReward):
+        def score(self, sample: Sample) -> float:
+            return 3e38
+
+    samples = [Sample("q", "a", [1], "stop", None, {})]
+    assert judge([Huge(name="a")], samples).valid.tolist() == [True]
+    assert judge([Huge(name="a"), Huge(name="b")], samples).valid.tolist() == [False]

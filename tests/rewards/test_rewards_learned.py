@@ -1,6 +1,7 @@
 """Rewards from reward models: the scores are those of the model's own forward pass, whatever comes between."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from ppo_runs import ppo
 from tiny import byte_tokenizer, write_tiny_model
-from tiny_runs import curve, fit, prompts
+from tiny_runs import curve, fit, gap, prompts, trainer, weights
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -18,9 +19,12 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
+from lit_posttrain.callbacks import CheckpointEvery
+from lit_posttrain.checkpoint import newest_checkpoint
+from lit_posttrain.data import Template
 from lit_posttrain.export_scores import write_tokenizer
 from lit_posttrain.policy import PolicyConfig
-from lit_posttrain.rewards import LearnedReward, RewardError, judge
+from lit_posttrain.rewards import LearnedReward, PythonReward, RewardError, judge
 from lit_posttrain.scalar_heads import ScoreNetwork
 from lit_posttrain.types import Sample
 
@@ -211,3 +215,58 @@ def test_a_classifier_without_some_of_its_weights_is_refused(tmp_path: Path) -> 
     save_file({n: t for n, t in load_file(file).items() if n != "classifier.weight"}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"rewards\.init_args\.model: .* lack 1 weights, classifier\.weight"):
         learned(tmp_path / "bert")
+
+
+def test_an_evaluation_of_a_checkpoint_counts_from_its_mean(tiny_model: Path, model: Path, tmp_path: Path) -> None:
+    def evaluated(folder: Path, state: Path | None) -> LearnedReward:
+        reward = LearnedReward(str(model), calibration=6, compute_dtype="float32")
+        folder.mkdir()
+        data = prompts(tiny_model, folder, held_out_percent=40, val_size=2, batch_size=2)
+        trainer(folder, limit_val_batches=1).validate(ppo(tiny_model, [reward]), data, ckpt_path=state, verbose=False)
+        return reward
+
+    trained = LearnedReward(str(model), calibration=6, compute_dtype="float32")
+    run = {"max_steps": 1, "limit_val_batches": 0}
+    fit(ppo(tiny_model, [trained]), prompts(tiny_model, tmp_path), tmp_path, CheckpointEvery(1), **run)
+    found = newest_checkpoint(tmp_path / "version_0")
+    assert found is not None
+    assert trained.mean is not None
+    assert evaluated(tmp_path / "with", found.state).mean == trained.mean
+    with pytest.warns(UserWarning, match=r"rewards\.init_args\.calibration: no checkpoint"):
+        assert evaluated(tmp_path / "without", None).mean is None
+
+
+def test_a_watched_reward_that_fails_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    def boom(completions: list[str], **_: Any) -> list[float]:
+        raise KeyError("x")
+
+    def length(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text) % 7) for text in completions]
+
+    found = []
+    for name, watched in (("alone", []), ("watched", [PythonReward(boom, timeout=10.0, weight=0.0, name="boom")])):
+        (tmp_path / name).mkdir()
+        rewards = [PythonReward(length, timeout=10.0, name="length"), *watched]
+        found.append(weights(fit(ppo(tiny_model, rewards), prompts(tiny_model, tmp_path / name), tmp_path / name)))
+    assert gap(*found) == 0.0
+
+
+def test_two_rewards_of_one_name_are_refused_at_once(tiny_model: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.init_args\.rewards: two functions are called 'LearnedReward'"):
+        ppo(tiny_model, [LearnedReward("a"), LearnedReward("b")])
+    ppo(tiny_model, [LearnedReward("a"), second := LearnedReward("b", name="second")])
+    with pytest.raises(ValueError, match=r"model\.init_args\.rewards\[1\]\.init_args\.model: there is no folder"):
+        second.place(CPU)
+
+
+def test_prompts_that_the_reward_model_cannot_read_stop_the_run_early(
+    tiny_model: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare)
+    byte_tokenizer(None).save_pretrained(bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    module = ppo(tiny_model, [LearnedReward(str(bare), compute_dtype="float32")])
+    monkeypatch.setattr(module, "collect", lambda *_: pytest.fail("something was sampled"))
+    with pytest.raises(ValueError, match=r"rewards\.init_args\.model: .* cannot read the prompts .*no chat template"):
+        fit(module, prompts(tiny_model, tmp_path, template=Template(kind="chat")), tmp_path)
