@@ -63,18 +63,13 @@ class Judge(ABC):
         return None
 
 
-def by_score(first: Sequence[float], second: Sequence[float]) -> list[float]:
-    """1, 0.5 or 0 by which score is higher."""
-    return [0.5 if a == b else float(a > b) for a, b in zip(first, second, strict=True)]
-
-
-def decided(first: Sequence[float | None], second: Sequence[float | None], who: str) -> list[float]:
-    """The same; an answer without a score ties with every other, and a warning counts such pairs."""
+def by_score(first: Sequence[float | None], second: Sequence[float | None], who: str = "the judge") -> list[float]:
+    """1, 0.5 or 0 by which score is higher; without a score an answer ties, and a warning counts such pairs."""
     pairs = list(zip(first, second, strict=True))
     missing = sum(a is None or b is None for a, b in pairs)
     if missing:
         warnings.warn(f"{missing} of {len(pairs)} comparisons are ties for want of a score by {who}", stacklevel=2)
-    return [0.5 if a is None or b is None else by_score([a], [b])[0] for a, b in pairs]
+    return [0.5 if a is None or b is None or a == b else float(a > b) for a, b in pairs]
 
 
 def _sample(answer: Answer) -> Sample:
@@ -136,7 +131,7 @@ class RewardModelJudge(Judge):
 
     def compare(self, first: Sequence[Answer], second: Sequence[Answer]) -> list[float]:
         """By score; each answer is scored once, and one without a score ties with every other."""
-        return decided(self.scores(first), self.scores(second), f"reward model {self.config.model}")
+        return by_score(self.scores(first), self.scores(second), f"reward model {self.config.model}")
 
 
 @final
@@ -170,7 +165,7 @@ class RewardJudge(Judge):
             given = ", ".join(f"{name}: {reasons}" for name, reasons in zip(out.names, out.reasons, strict=True))
             raise RewardError(f"{KEY}.rewards: no answer has a valid verdict ({given}), so nothing can be compared")
         rewards = [r if ok else None for r, ok in zip(out.rewards.tolist(), out.valid.tolist(), strict=True)]
-        return decided(rewards[: len(first)], rewards[len(first) :], f"rewards {out.names} {out.reasons}")
+        return by_score(rewards[: len(first)], rewards[len(first) :], f"rewards {out.names} {out.reasons}")
 
     def close(self) -> None:
         """End what the rewards started."""
