@@ -66,27 +66,27 @@ def test_the_slope_is_least_squares(reproduce: ModuleType) -> None:
     assert e4.slope(torch.stack([t, -t])).tolist() == pytest.approx([1.0, -1.0])
 
 
-def test_forgetting_with_and_without_the_mix(reproduce: ModuleType, tmp_path: Path) -> None:
+def test_forgetting_by_weight_of_mix_and_kl(
+    reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {name: pair for name, pair in reproduce.load("E1").VARIANTS.items() if name in ("ppo", "ptx", "kl_100")}
+    monkeypatch.setattr(reproduce.load("E1"), "VARIANTS", kept)
     f = quick(reproduce, "E1", tmp_path)
-    assert f["removed"] == pytest.approx(1 - f["rise_ptx"] / f["rise_ppo"])
-    for variant in ("ppo", "ptx"):
+    for variant in kept:
         rises = [f[f"loss_{d}_{variant}"] - f[f"loss_{d}_base"] for d in ("prose", "sums", "recall")]
         assert f[f"rise_{variant}"] == pytest.approx(sum(rises) / 3)
         assert -1 <= f[f"reward_{variant}"] <= 1
-    assert f["loss_sums_ppo"] != f["loss_sums_ptx"]
-
-
-def test_every_weight_of_the_kl_beside_the_mix(
-    reproduce: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        reproduce.load("E1b"), "VARIANTS", {"ppo": (0.0, 0.02), "kl100": (0.0, 2.0), "ptx": (0.3, 0.02)}
-    )
-    f = quick(reproduce, "E1b", tmp_path)
-    for variant in ("kl100", "ptx"):
+    for variant in ("kl_100", "ptx"):
         assert f[f"removed_{variant}"] == pytest.approx(1 - f[f"rise_{variant}"] / f["rise_ppo"])
         assert f[f"kept_{variant}"] == pytest.approx(f[f"reward_{variant}"] / f["reward_ppo"])
-    assert len({f[f"loss_sums_{v}"] for v in ("base", "ppo", "kl100", "ptx")}) == 4
+    assert len({f[f"loss_sums_{v}"] for v in ("base", *kept)}) == 4
+
+
+def test_e1_varies_one_weight_at_a_time(reproduce: ModuleType) -> None:
+    e1 = reproduce.load("E1")
+    assert {mix for mix, kl in e1.VARIANTS.values() if kl == e1.KL} == {0.0, 0.1, 0.3, 1.0, 10.0}
+    assert {kl / e1.KL for mix, kl in e1.VARIANTS.values() if not mix} == {1.0, 10.0, 100.0}
+    assert [e1.label_of(v) for v in ("ppo", "ptx_10", "kl_100")] == ["PPO", "PPO-ptx, 10", "PPO, KL x 100"]
 
 
 def test_friendly_counts_to_three(reproduce: ModuleType) -> None:
@@ -212,7 +212,6 @@ def test_demonstrations_go_on_where_the_prompt_ends(reproduce: ModuleType) -> No
 
 
 GOOD: dict[str, dict[str, float]] = {
-    "E1": {"rise_ppo": 1.0, "removed": 0.9, "reward_ptx": 0.9, "reward_ppo": 0.91},
     "E2b": {
         "n300_w64_peak_kl": 1.0,
         "n10000_w64_peak_kl": 2.0,
@@ -245,12 +244,17 @@ def test_every_figure_decides(reproduce: ModuleType, identifier: str) -> None:
 
 
 def test_a_kl_that_does_what_the_mix_does_decides(reproduce: ModuleType) -> None:
-    passed = reproduce.load("E1b").passed
+    passed = reproduce.load("E1").passed
     needed = {"rise_ppo": 1.0, "removed_ptx": 0.9, "kept_ptx": 0.97}
-    good = {**needed, "removed_kl10": 0.9, "kept_kl10": 0.5, "removed_kl100": 0.2, "kept_kl100": 1.0}
+    good = {**needed, "removed_kl_10": 0.9, "kept_kl_10": 0.5, "removed_kl_100": 0.2, "kept_kl_100": 1.0}
     assert passed([good, good])
     assert not passed([])
     for name in needed:
         assert not passed([good, {**good, name: -2.0}]), name
-    for name, value in (("kept_kl10", 0.96), ("removed_kl100", 0.71), ("kept_kl10", float("nan"))):
+    for name, value in (
+        ("kept_kl_10", 0.96),
+        ("removed_kl_100", 0.71),
+        ("kept_kl_10", float("nan")),
+        ("kept_ptx", 1.06),
+    ):
         assert not passed([good, {**good, name: value}]), name
