@@ -119,7 +119,7 @@ class Preferences(ExampleData):
             prompt = self._cut(prompt, limit)
         room = None if self.max_length is None else self.max_length - len(prompt)
         if room is not None and max(map(len, completions)) > room:
-            if not self.truncate_responses:
+            if not self.truncate_responses or room < 1:
                 return None
             lengths = [min(len(c) - self.encoder.ends(c[-1]), room) for c in completions]
             completions = [c[:n] for c, n in zip(completions, lengths, strict=True)]

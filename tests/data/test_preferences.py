@@ -220,6 +220,17 @@ def test_long_pairs(make: Any, jsonl: Jsonl, recwarn: Any) -> None:
     assert "2 rows were cut to 9 tokens" in warning
 
 
+@pytest.mark.trap(30)
+@pytest.mark.parametrize("prompt", ["a" * 8, "a" * 12])
+def test_a_prompt_that_leaves_no_room_is_dropped(make: Any, jsonl: Jsonl, prompt: str) -> None:
+    rows = [{"prompt": prompt, "chosen": "x" * 12, "rejected": "y" * 14}, PAIRS["texts"][0]]
+    data = make(dataset=jsonl(rows), max_length=9, truncate_responses=True)
+    assert [e.origin[-1] for e in data.examples("train")] == ["2"]
+    counts = data.summary()["train"]
+    assert counts == counts | {"long_examples": 1, "longest": 4}
+    assert "truncated_responses" not in counts
+
+
 def test_long_prompts(make: Any, jsonl: Jsonl) -> None:
     path = jsonl([{"prompt": "abcdef", "chosen": "g", "rejected": "b"}])
     end = make(dataset=path, max_prompt_length=4)
