@@ -108,7 +108,13 @@ class Preferences(ExampleData):
         if any(has(row, name) for name in _REFERENCE):
             if len(completions) != 2 or not has(row, *_REFERENCE):
                 raise ValueError(f"{row.origin}: {' and '.join(_REFERENCE)} come together, for a pair")
-            columns["ref_log_probs"] = [number(row[name], where(row, name)) for name in _REFERENCE]
+            if (prompt, completions) != (compared.prompt, compared.completions):
+                raise ValueError(
+                    f"{row.origin}: {' and '.join(_REFERENCE)} are of the whole pair, and data.init_args.max_length or "
+                    "max_prompt_length cuts it; raise them, or leave these columns out"
+                )
+            of_pair = [number(row[name], where(row, name)) for name in _REFERENCE]
+            columns["ref_log_probs"] = of_pair if preference[0] > preference[1] else of_pair[::-1]
         return [Example(prompt, completions, masks, columns, row.origin, messages)]
 
     def _fit(self, compared: Comparison) -> Comparison | None:

@@ -163,6 +163,26 @@ def test_margin_and_reference(make: Any, jsonl: Jsonl) -> None:
         make(dataset=jsonl([PAIRS["texts"][0] | {"margin": 1}, PAIRS["texts"][0]]))
 
 
+REFERENCE = {"ref_chosen_logps": -3.5, "ref_rejected_logps": -4}
+
+
+def test_the_references_log_probs_follow_the_preference(make: Any, jsonl: Jsonl) -> None:
+    row = {"prompt": "a", "completions": ["b", "g"], **REFERENCE}
+    for better in ({"scores": [0, 1]}, {"ranks": [2, 1]}):
+        assert make(dataset=jsonl([row | better])).examples("train")[0].columns["ref_log_probs"] == [-4.0, -3.5]
+    assert make(dataset=jsonl([row | {"scores": [1, 0]}])).examples("train")[0].columns["ref_log_probs"] == [-3.5, -4.0]
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_prompt_length": 4}, {"max_length": 14, "truncate_responses": True}], ids=["prompt", "responses"]
+)
+def test_the_references_log_probs_of_a_cut_pair_are_refused(make: Any, jsonl: Jsonl, limits: dict[str, Any]) -> None:
+    row = {"prompt": "abcdef", "chosen": "xxxxxxxx", "rejected": "y", **REFERENCE}
+    assert make(dataset=jsonl([row])).examples("train")[0].columns["ref_log_probs"] == [-3.5, -4.0]
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: ref_chosen_logps .* are of the whole pair, and .*cuts it"):
+        make(dataset=jsonl([row]), **limits)
+
+
 def test_a_batch_of_rankings(make: Any, jsonl: Jsonl) -> None:
     rows = [RANKED | {"scores": [4, 3, 2, 1]}, {"prompt": "longer", "chosen": "g", "rejected": "bbb"}]
     data = make(dataset=jsonl(rows))
