@@ -93,6 +93,11 @@ def _pair(row: Row, encoder: Encoder) -> list[Encoded]:
     if kinds not in ({str}, {list}):
         raise ValueError(f"{row.origin}: columns 'chosen' and 'rejected' must both be text or both lists of messages")
     prompt = row.get("prompt")
+    if prompt is not None and not isinstance(prompt, str | list):
+        raise ValueError(
+            f"{where(row, 'prompt')} must be text or a list of messages, not {type(prompt).__name__}; leave the column "
+            "out where 'chosen' and 'rejected' hold the prompt"
+        )
     if isinstance(prompt, list) or (isinstance(prompt, str) and kinds == {str}):
         return [encoder.pair(prompt, side, row, ("prompt", name)) for name, side in zip(PAIR, sides, strict=True)]
     if kinds == {str}:

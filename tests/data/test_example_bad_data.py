@@ -164,6 +164,16 @@ ROWS: dict[str, tuple[type, dict[str, Any], str]] = {
         {"prompt": "q", "chosen": [user("a"), bot("g")], "rejected": [user("a"), bot("b")]},
         r": column 'prompt' is none of the messages",
     ),
+    "prompt number": (
+        DPO,
+        {"prompt": 5, "chosen": "Q g", "rejected": "Q b"},
+        r": column 'prompt' must be text or a list of messages, not int; leave the column out",
+    ),
+    "prompt a message": (
+        KTO,
+        {"completion": None, "prompt": user("a"), "chosen": [user("a"), bot("g")], "rejected": [user("a"), bot("b")]},
+        r": column 'prompt' must be text or a list of messages, not dict",
+    ),
     "nothing of its own": (
         DPO,
         {"prompt": None, "chosen": [user("a"), bot("g")], "rejected": [user("a")]},
