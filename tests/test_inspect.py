@@ -1,6 +1,7 @@
 """``lit-posttrain inspect``: what it shows, what it counts, and its exit status when something is wrong."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,38 @@ def test_what_is_dropped_is_counted_by_reason_and_too_much_is_wrong(
     out = capsys.readouterr()
     assert "more than half of the" in out.out + out.err
     assert "long" in out.out + out.err
+
+
+@pytest.mark.parametrize("counted", ["special_tokens", "truncated_prompts"])
+def test_what_is_counted_and_stays_is_not_left_out(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], counted: str
+) -> None:
+    """A share is shown of each, and nothing is wrong."""
+    text = "<|im_start|>{}" if counted == "special_tokens" else "a long prompt {}"
+    rows = write(tmp_path / "rows.jsonl", lambda i: pair(i) | {"prompt": text.format(i)}, 20)
+    limit = {"max_prompt_length": 8} if counted == "truncated_prompts" else {}
+    file = experiment(tmp_path, "DPO", tiny_model, "Preferences", dataset=str(rows), held_out_percent=0, **limit)
+    assert run("--config", str(file)) == 0
+    shown = capsys.readouterr().out
+    assert "nothing is wrong" in shown
+    assert re.search(counted.replace("_", " ") + r" +│ +20 \(100%\)", shown)
+
+
+def test_both_sides_of_a_pair_that_is_taken_apart_are_counted(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten of forty completions are too long, however many rows they stand in."""
+    long = "x" * 30
+    rows = write(
+        tmp_path / "rows.jsonl",
+        lambda i: {"prompt": f"p{i}", "chosen": long if i < 5 else "g", "rejected": long + "y" if i < 5 else "b"},
+        20,
+    )
+    file = experiment(
+        tmp_path, "KTO", tiny_model, "UnpairedPreferences", dataset=str(rows), held_out_percent=0, max_length=20
+    )
+    assert run("--config", str(file)) == 0
+    assert re.search(r"long examples +│ +10 \(25%\)", capsys.readouterr().out)
 
 
 def test_completions_without_an_end_token_are_wrong(

@@ -18,7 +18,12 @@ SHOWN_TOKENS = 600
 _BINS = 10
 _BAR = 40
 _SPLITS = ("train", "val")
-_REASONS_OF_LOSS = ("rows", "examples", "prompts", "longest_prompt", "longest", "tokens", "supervised_tokens")
+_SIZES = ("rows", "examples", "prompts", "longest_prompt", "longest", "tokens", "supervised_tokens")
+# What is counted of examples that stay.
+_STAYS = (
+    "truncated", "truncated_prompts", "truncated_responses", "cut_prompts",
+    "special_tokens", "identical", "conflicting_answers", "held_out", "restarts",
+)  # fmt: skip
 
 
 @dataclass
@@ -105,10 +110,10 @@ def _judge(found: Inspection, data: Any, context: int | None, new_tokens: int) -
         elif without:
             found.notes.append(f"{split}: {without} of {completions} completions have no end token (they were cut)")
         counts = found.summary.get(split, {})
-        rows, dropped = counts.get("rows", 0), dropped_of(counts)
-        if rows and sum(dropped.values()) > rows / 2:
+        dropped = dropped_of(counts)
+        if sum(dropped.values()) > candidates(counts) / 2:
             reasons = ", ".join(f"{reason} {n}" for reason, n in dropped.most_common())
-            found.problems.append(f"{split}: more than half of the {rows} rows are left out ({reasons})")
+            found.problems.append(f"{split}: more than half of the {candidates(counts)} rows are left out ({reasons})")
         examples = len(found.lengths[split]["prompt"])
         if examples and found.duplicates[split] > examples / 2:
             found.problems.append(f"{split}: {found.duplicates[split]} of {examples} examples are duplicates")
@@ -128,7 +133,13 @@ def _judge(found: Inspection, data: Any, context: int | None, new_tokens: int) -
 
 def dropped_of(counts: dict[str, int]) -> Counter[str]:
     """The reasons among a summary's counts for which rows were left out."""
-    return Counter({name: n for name, n in counts.items() if name not in _REASONS_OF_LOSS and n})
+    return Counter({name: n for name, n in counts.items() if name not in (*_SIZES, *_STAYS) and n})
+
+
+def candidates(counts: dict[str, int]) -> int:
+    """How many there were before some were left out: rows, or examples where a row becomes several."""
+    kept = counts.get("examples", 0) + counts.get("prompts", 0)
+    return max(counts.get("rows", 0), kept + dropped_of(counts).total())
 
 
 # --- what a person sees ---------------------------------------------------------------------------------------
@@ -203,11 +214,17 @@ def _counts(found: Inspection) -> Table:
         table.add_column(split, justify="right")
     names = dict.fromkeys(name for counts in found.summary.values() for name in counts)
     for name in names:
-        table.add_row(name.replace("_", " "), *(str(found.summary.get(s, {}).get(name, 0)) for s in _SPLITS))
+        table.add_row(name.replace("_", " "), *(_share(found.summary.get(s, {}), name) for s in _SPLITS))
     table.add_row("in both splits", str(found.overlap), "")
     table.add_row("completions without end token", *("{} of {}".format(*found.unended[s]) for s in _SPLITS))
     table.add_row("rows that re-tokenise otherwise", *(str(found.drifting[s]) for s in _SPLITS))
     return table
+
+
+def _share(counts: dict[str, int], name: str) -> str:
+    """A count, and what part of all rows it is unless it is a size."""
+    count = counts.get(name, 0)
+    return str(count) if name in _SIZES or not count else f"{count} ({count / candidates(counts):.0%})"
 
 
 def write_json(found: Inspection, file: Path) -> None:
