@@ -101,6 +101,8 @@ class Encoder:
             if isinstance(completion, str):
                 completion = [{"role": ASSISTANT, "content": as_text(completion, at_completion)}]
             before, after = as_messages(prompt, at_prompt), as_messages(completion, at_completion)
+            if after[: len(before)] == before:  # some data sets repeat the prompt
+                after = after[len(before) :]
             first = 0 if supervise == "all" else len(before)
             extras = extras_of(row)
             return self.dialogue([*before, *after], row.origin, first=first, supervise=supervise, extras=extras)

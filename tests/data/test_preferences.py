@@ -50,6 +50,11 @@ PAIRS = {
         ASKED,
         TWO,
     ),
+    "prompt as messages repeated": (
+        {"prompt": [user("a")], "chosen": [user("a"), bot("g")], "rejected": [user("a"), bot("b")]},
+        ASKED,
+        TWO,
+    ),
     "prompt as text": ({"prompt": "a", "chosen": [bot("g")], "rejected": [bot("b")]}, ASKED, TWO),
     "implicit text": (
         {"chosen": "H: hi\n\nA: good one", "rejected": "H: hi\n\nA: gone"},
