@@ -17,6 +17,7 @@ KINDS = {
     "chosen": ("chosen", "rejected"),
 }
 PAIR = ("chosen", "rejected")
+PROMPT_IDS = ("prompt_ids", "prompt_input_ids")
 
 
 class Comparison(NamedTuple):
@@ -60,8 +61,9 @@ def content(row: Row) -> str:
     """The prompt as text, also where it is implicit; of tokenised rows the prompt's ids."""
     if has(row, "prompt"):
         return asked(row)
-    if has(row, "prompt_ids"):
-        return str(row["prompt_ids"])
+    for name in PROMPT_IDS:
+        if has(row, name):
+            return str(row[name])
     kind = kind_of(row, KINDS)
     chosen, rejected = (row[name] for name in KINDS[kind])
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -131,9 +133,10 @@ def _pair(row: Row, encoder: Encoder) -> list[Encoded]:
 
 def _tokenised(row: Row, encoder: Encoder, *names: str) -> list[Encoded]:
     sides = [token_ids(row, name, encoder.size) for name in names]
-    if has(row, "prompt_ids"):
-        prompt = token_ids(row, "prompt_ids", encoder.size)
-        return [Encoded(prompt, ids, [True] * len(ids)) for ids in sides]
+    for name in PROMPT_IDS:
+        if has(row, name):
+            prompt = token_ids(row, name, encoder.size)
+            return [Encoded(prompt, ids, [True] * len(ids)) for ids in sides]
     shared = min(_shared(*sides), *(len(ids) - 1 for ids in sides))
     if not shared:
         raise ValueError(f"{row.origin}: columns {names[0]!r} and {names[1]!r} share no first token to be the prompt")

@@ -9,7 +9,7 @@ from lit_posttrain.data.columns import has, number, where
 from lit_posttrain.data.demonstrations import answers, shares
 from lit_posttrain.data.examples import Dropped, ExampleData
 from lit_posttrain.data.messages import EXTRAS
-from lit_posttrain.data.pairs import KINDS, Comparison, comparison, content
+from lit_posttrain.data.pairs import KINDS, PROMPT_IDS, Comparison, comparison, content
 from lit_posttrain.data.sources import Row
 from lit_posttrain.types import Example, ExampleBatch
 
@@ -25,8 +25,10 @@ class Preferences(ExampleData):
 
     Rows hold ``prompt``, ``chosen`` and ``rejected``, texts or messages; only ``chosen`` and ``rejected``, which begin
     alike; ``prompt``, ``completions`` and either ``scores`` or ``ranks`` (1 is the best, equal ones tie); or
-    ``chosen_ids`` and ``rejected_ids``. ``margin`` is handed on, and so are the reference's log-probs of a pair,
-    ``ref_chosen_logps`` and ``ref_rejected_logps``. Rows that prefer nothing are left out and counted.
+    ``chosen_ids`` and ``rejected_ids`` (or ``chosen_input_ids`` and ``rejected_input_ids``), which begin alike unless
+    ``prompt_ids`` or ``prompt_input_ids`` stands beside them. ``margin`` is handed on, and so are the reference's
+    log-probs of a pair, ``ref_chosen_logps`` and ``ref_rejected_logps``. Rows that prefer nothing are left out and
+    counted.
 
     Args:
         batch_size: Prompts per optimizer step over all ranks.
@@ -41,7 +43,7 @@ class Preferences(ExampleData):
         **kwargs: As of :class:`~lit_posttrain.data.examples.ExampleData`.
     """
 
-    known = (*_COLUMNS, "prompt_ids", "margin", *_REFERENCE, *EXTRAS)
+    known = (*_COLUMNS, *PROMPT_IDS, "margin", *_REFERENCE, *EXTRAS)
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ def shown(data: Any, example: Example) -> tuple[str, list[str]]:
 
 
 ASKED = "<s><|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+SIDES = ("chosen", "rejected")
 TWO = ["g<|im_end|>", "b<|im_end|>"]
 PAIRS = {
     "texts": ({"prompt": "a", "chosen": "g", "rejected": "b"}, "<s>a", TWO),
@@ -141,8 +142,9 @@ def test_tokens(make: Any, jsonl: Jsonl) -> None:
         assert (example.prompt, example.completions) == ([9, 8], [[7, 3], [6, 5, 3]])
     ended = make(dataset=jsonl([{"chosen_ids": [9, 8, 7], "rejected_ids": [9, 8]}])).examples("train")[0]
     assert (ended.prompt, ended.completions) == ([9], [[8, 7], [8]])
-    given = {"prompt_ids": [9], "chosen_ids": [8, 3], "rejected_ids": [8, 4, 3]}
-    assert make(dataset=jsonl([given])).examples("train")[0][:2] == ([9], [[8, 3], [8, 4, 3]])
+    for names in (("prompt_ids", "chosen_ids", "rejected_ids"), tuple(f"{n}_input_ids" for n in ("prompt", *SIDES))):
+        given = dict(zip(names, ([9], [8, 3], [8, 4, 3]), strict=True))
+        assert make(dataset=jsonl([given])).examples("train")[0][:2] == ([9], [[8, 3], [8, 4, 3]])
 
 
 def test_margin_and_reference(make: Any, jsonl: Jsonl) -> None:
