@@ -106,6 +106,8 @@ def _pair(row: Row, encoder: Encoder) -> list[Encoded]:
         texts = [as_text(side, where(row, name)) for name, side in zip(PAIR, sides, strict=True)]
         at = _shared_text(*texts)
         if not texts[0][:at].strip():
+            if texts[0] == texts[1]:
+                return _same(texts[0], encoder)
             raise ValueError(
                 f"{row.origin}: 'chosen' and 'rejected' share no beginning to be the prompt; add a column prompt"
             )
@@ -121,6 +123,8 @@ def _pair(row: Row, encoder: Encoder) -> list[Encoded]:
             [{"role": "user", "content": as_text(prompt, where(row, "prompt"))}, *c] for c in conversations
         ]
         shared = 1
+    if not shared and conversations[0] == conversations[1]:
+        return _same(transcript(conversations[0]), encoder)
     if not shared:
         raise ValueError(
             f"{row.origin}: 'chosen' and 'rejected' share no message to be the prompt; add a column prompt"
@@ -129,6 +133,12 @@ def _pair(row: Row, encoder: Encoder) -> list[Encoded]:
         if len(messages) == shared:
             raise ValueError(f"{where(row, name)} has no message of its own, only what both share; remove the row")
     return [encoder.dialogue(c, row.origin, first=shared, extras=extras_of(row)) for c in conversations]
+
+
+def _same(text: str, encoder: Encoder) -> list[Encoded]:
+    """Both sides alike and nothing of them the prompt, to be counted and left out."""
+    ids = encoder.start(text)
+    return [Encoded([], ids, [True] * len(ids))] * 2
 
 
 def _tokenised(row: Row, encoder: Encoder, *names: str) -> list[Encoded]:

@@ -208,20 +208,22 @@ def test_what_prefers_nothing_is_dropped_and_counted(make: Any, jsonl: Jsonl) ->
         {"prompt": "a", "chosen": "g", "rejected": "g"},
         {"chosen": [user("a"), bot("g")], "rejected": [user("a"), bot("g")]},
         {"chosen": "a b", "rejected": "a b"},
+        {"chosen": "same", "rejected": "same"},
+        {"chosen": [bot("g")], "rejected": [bot("g")]},
         {"prompt": "a", "completions": ["g"], "scores": [1]},
         {"prompt": "a", "completions": ["g", "b"], "scores": [1, 1]},
         {"prompt": "a", "completions": ["g", "b"], "ranks": [1, 1]},
     ]
     counts = make(dataset=jsonl(rows)).summary()["train"]
     assert counts == counts | {
-        "rows": 7,
+        "rows": 9,
         "examples": 1,
-        "identical_completions": 3,
+        "identical_completions": 5,
         "single_completion": 1,
         "all_tied": 2,
     }
     with pytest.raises(ValueError, match=r"^data.init_args: no training examples are left .*'single_completion': 1"):
-        make(dataset=jsonl(rows[4:5]))
+        make(dataset=jsonl(rows[6:7]))
 
 
 @pytest.mark.trap(30)
