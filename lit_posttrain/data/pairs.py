@@ -47,8 +47,11 @@ def comparison(row: Row, encoder: Encoder) -> Comparison:
     kind = kind_of(row, KINDS)
     if kind in ("scores", "ranks"):
         preference = _preference(row, kind)
+        prompt = row["prompt"]
+        if isinstance(prompt, str) and any(isinstance(c, list) for c in row["completions"]):
+            prompt = [{"role": "user", "content": as_text(prompt, where(row, "prompt"))}]
         encoded = [
-            encoder.pair(row["prompt"], completion, row, ("prompt", f"completions[{i}]"))
+            encoder.pair(prompt, completion, row, ("prompt", f"completions[{i}]"))
             for i, completion in enumerate(row["completions"])
         ]
     else:

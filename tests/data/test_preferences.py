@@ -126,6 +126,14 @@ def test_rankings_of_conversations(make: Any, jsonl: Jsonl) -> None:
     assert shown(data, data.examples("train")[0]) == (ASKED, [*TWO, "c<|im_end|>"])
 
 
+def test_rankings_of_conversations_after_a_prompt_of_text(make: Any, jsonl: Jsonl) -> None:
+    """It is the user's, as in pairs; whether or not the completions repeat it."""
+    row = {"prompt": "a", "completions": [[bot("g")], [user("a"), bot("b")], "c"], "ranks": [1, 2, 2]}
+    (example,) = make(dataset=jsonl([row])).examples("train")
+    assert example.messages == [user("a")]
+    assert shown(make(dataset=jsonl([row])), example) == (ASKED, [*TWO, "c<|im_end|>"])
+
+
 def test_columns_within_lists_are_reached(make: Any, jsonl: Jsonl) -> None:
     row = {"instruction": "a", "completions": [{"response": "g", "overall": 4.5}, {"response": "b", "overall": 1}]}
     paths = {"prompt": "instruction", "completions": "completions.*.response", "scores": "completions.*.overall"}
