@@ -138,6 +138,15 @@ def _pair(row: Row, encoder: Encoder) -> list[Encoded]:
     return [encoder.dialogue(c, row.origin, first=shared, extras=extras_of(row)) for c in conversations]
 
 
+def tied(completions: Sequence[Sequence[int]], preference: Sequence[float]) -> list[float]:
+    """Preferences in which completions of the same tokens tie, midway between theirs: nothing can tell them apart."""
+    of_tokens: dict[tuple[int, ...], list[float]] = {}
+    for ids, value in zip(completions, preference, strict=True):
+        of_tokens.setdefault(tuple(ids), []).append(value)
+    groups = [of_tokens[tuple(ids)] for ids in completions]
+    return [(min(group) + max(group)) / 2 for group in groups]
+
+
 def _same(text: str, encoder: Encoder) -> list[Encoded]:
     """Both sides alike and nothing of them the prompt, to be counted and left out."""
     ids = encoder.start(text)

@@ -9,7 +9,7 @@ from lit_posttrain.data.columns import has, number, where
 from lit_posttrain.data.demonstrations import answers, shares
 from lit_posttrain.data.examples import Dropped, ExampleData
 from lit_posttrain.data.messages import EXTRAS
-from lit_posttrain.data.pairs import KINDS, PROMPT_IDS, Comparison, comparison, content
+from lit_posttrain.data.pairs import KINDS, PROMPT_IDS, Comparison, comparison, content, tied
 from lit_posttrain.data.sources import Row
 from lit_posttrain.types import Example, ExampleBatch
 
@@ -28,7 +28,7 @@ class Preferences(ExampleData):
     ``chosen_ids`` and ``rejected_ids`` (or ``chosen_input_ids`` and ``rejected_input_ids``), which begin alike unless
     ``prompt_ids`` or ``prompt_input_ids`` stands beside them. ``margin`` is handed on, and so are the reference's
     log-probs of a pair, ``ref_chosen_logps`` and ``ref_rejected_logps``. Rows that prefer nothing are left out and
-    counted.
+    counted. Equal completions of a ranking tie, and rows in which they had not are counted.
 
     Args:
         batch_size: Prompts per optimizer step over all ranks.
@@ -103,7 +103,12 @@ class Preferences(ExampleData):
             return [Dropped("long_examples")]
         if len(set(map(tuple, fitting.completions))) == 1:
             return [Dropped("identical_completions")]
-        prompt, completions, masks, preference, messages = fitting
+        prompt, completions, masks, given, messages = fitting
+        preference = tied(completions, given)
+        if preference != given:
+            self.count("contradictory_completions")
+        if len(set(preference)) == 1:
+            return [Dropped("all_tied")]
         columns: dict[str, Any] = {"preference": preference}
         if has(row, "margin"):
             columns["margin"] = [number(row["margin"], where(row, "margin"))] * len(completions)

@@ -22,7 +22,7 @@ _SIZES = ("rows", "examples", "prompts", "longest_prompt", "longest", "tokens", 
 # What is counted of examples that stay.
 _STAYS = (
     "truncated", "truncated_prompts", "truncated_responses", "cut_prompts",
-    "special_tokens", "identical", "conflicting_answers", "held_out", "restarts",
+    "special_tokens", "identical", "contradictory_completions", "conflicting_answers", "held_out", "restarts",
 )  # fmt: skip
 
 

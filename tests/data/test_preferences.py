@@ -120,6 +120,21 @@ def test_rankings(make: Any, jsonl: Jsonl) -> None:
     assert example.columns == {"preference": [-1.0, -3.0]}
 
 
+@pytest.mark.trap(30)
+def test_equal_completions_of_a_ranking_are_no_pair(make: Any, jsonl: Jsonl) -> None:
+    """Their pair has no gradient, whatever the scores, and would count as one that is never ordered right."""
+    row = {"prompt": "a", "completions": ["g", "b", "g", "c", "c"], "scores": [0.3, 1, 0.1, 0.1, 0.1]}
+    data = make(dataset=jsonl([row]))
+    assert data.examples("train")[0].columns == {"preference": [0.2, 1.0, 0.2, 0.1, 0.1]}
+    assert data.summary()["train"]["contradictory_completions"] == 1
+    after = {"prompt": "abc", "completions": ["x" * 8, "x" * 9, "y"], "ranks": [1, 2, 3]}
+    cut = make(dataset=jsonl([after]), max_length=9, truncate_responses=True)
+    assert cut.examples("train")[0].columns == {"preference": [-1.5, -1.5, -3.0]}
+    nothing = {"prompt": "a", "completions": ["g", "g", "b"], "scores": [1, 0, 0.5]}
+    counts = make(dataset=jsonl([nothing, row])).summary()["train"]
+    assert counts == counts | {"all_tied": 1, "contradictory_completions": 2, "examples": 1}
+
+
 def test_rankings_of_conversations(make: Any, jsonl: Jsonl) -> None:
     row = {"prompt": [user("a")], "completions": [[bot("g")], [bot("b")], "c"], "scores": [1, 0, 0]}
     data = make(dataset=jsonl([row]))
