@@ -1,9 +1,10 @@
 """Demonstrations: texts, conversations, prompts with completions, or tokens, for supervised fine-tuning."""
 
 from collections.abc import Iterable
+from itertools import compress
 from typing import Any, Literal
 
-from lit_posttrain.data.columns import as_list, as_text, has, kind_of, number, token_ids, where
+from lit_posttrain.data.columns import as_list, as_text, flag, has, kind_of, number, token_ids, where
 from lit_posttrain.data.dialogue import Encoded, Supervise
 from lit_posttrain.data.examples import Dropped, ExampleData
 from lit_posttrain.data.messages import EXTRAS, as_messages, extras_of
@@ -19,6 +20,7 @@ _KINDS = {
     "text": ("text",),
 }
 _MASKS = ("completion_mask", "assistant_masks")
+_OF_TOKENS = ("labels", "seq_lengths", "attention_mask", *_MASKS)
 _IGNORED = -100  # what a label says of a token that is not trained on
 
 
@@ -27,9 +29,9 @@ class SupervisedExamples(ExampleData):
 
     Rows hold ``messages`` (role and content) or ``conversations`` (from and value), with ``tools`` and
     ``chat_template_kwargs`` where the chat template reads them; ``prompt`` and ``completion``, both text or both
-    messages; ``text``; or ``input_ids`` with ``labels`` (-100: not trained on), and ``seq_lengths`` where several
-    sequences are packed into a row. Of a conversation the end-of-turn token is trained on and what the template writes
-    behind it is not.
+    messages; ``text``; or ``input_ids`` with ``labels`` (-100: not trained on), ``attention_mask`` (0: padding,
+    left out), and ``seq_lengths`` where several sequences are packed into a row. Of a conversation the end-of-turn
+    token is trained on and what the template writes behind it is not.
 
     Args:
         batch_size: Examples per optimizer step over all ranks.
@@ -41,7 +43,7 @@ class SupervisedExamples(ExampleData):
         **kwargs: As of :class:`~lit_posttrain.data.examples.ExampleData`.
     """
 
-    known = (*(name for names in _KINDS.values() for name in names), "labels", "seq_lengths", *_MASKS, *EXTRAS)
+    known = (*(name for names in _KINDS.values() for name in names), *_OF_TOKENS, *EXTRAS)
 
     def __init__(self, *, supervise: Supervise = "assistant", long_examples: LongExamples = "drop", **kwargs: Any):
         super().__init__(**kwargs)
@@ -68,8 +70,9 @@ class SupervisedExamples(ExampleData):
         return self.encoder.dialogue(messages, row.origin, supervise=self.supervise, extras=extras_of(row))
 
     def _packed(self, row: Row) -> Iterable[Encoded]:
-        ids = token_ids(row, "input_ids", self.encoder.size)
-        mask = self._mask(row, ids)
+        padded = token_ids(row, "input_ids", self.encoder.size)
+        real = self._flags(row, "attention_mask", len(padded))
+        ids, mask = (list(compress(each, real)) for each in (padded, self._mask(row, padded)))
         lengths = [len(ids)]
         if has(row, "seq_lengths"):
             lengths = [
@@ -94,23 +97,24 @@ class SupervisedExamples(ExampleData):
             yield Encoded(own[:first], own[first:], counts[first:])
 
     def _mask(self, row: Row, ids: list[int]) -> list[bool]:
-        mask = [True] * len(ids)
-        for name in ("labels", *_MASKS):
-            if not has(row, name):
-                continue
-            values = as_list(row[name], where(row, name))
-            if len(values) != len(ids):
-                raise ValueError(f"{where(row, name)} has {len(values)} items, but there are {len(ids)} input_ids")
-            if name == "labels":
-                for at, (label, token) in enumerate(zip(values, ids, strict=True)):
-                    if label not in (_IGNORED, token):
-                        raise ValueError(
-                            f"{where(row, name)}[{at}] is {label}, neither -100 nor the token {token}; labels are not "
-                            "shifted"
-                        )
-                values = [label != _IGNORED for label in values]
-            mask = [bool(a and b) for a, b in zip(mask, values, strict=True)]
-        return mask
+        masks = [self._flags(row, name, len(ids)) for name in _MASKS]
+        if has(row, "labels"):
+            labels = _as_many(row, "labels", len(ids))
+            for at, (label, token) in enumerate(zip(labels, ids, strict=True)):
+                if label not in (_IGNORED, token):
+                    raise ValueError(
+                        f"{where(row, 'labels')}[{at}] is {label}, neither -100 nor the token {token}; labels are not "
+                        "shifted"
+                    )
+            masks.append([label != _IGNORED for label in labels])
+        return [all(of_token) for of_token in zip(*masks, strict=True)]
+
+    @staticmethod
+    def _flags(row: Row, name: str, count: int) -> list[bool]:
+        """A column of as many truth values; all true where there is none."""
+        if not has(row, name):
+            return [True] * count
+        return [bool(flag(v, f"{where(row, name)}[{i}]")) for i, v in enumerate(_as_many(row, name, count))]
 
     def _pieces(self, encoded: Encoded) -> list[Encoded]:
         """A text as sequences of at most ``max_length`` tokens; the first token of each is only read."""
@@ -143,3 +147,10 @@ class SupervisedExamples(ExampleData):
             completion, mask = completion[:room], mask[:room]
             self.count("truncated")
         return Example(prompt, [completion], [mask], {}, row.origin, messages)
+
+
+def _as_many(row: Row, name: str, count: int) -> list[Any]:
+    values = as_list(row[name], where(row, name))
+    if len(values) != count:
+        raise ValueError(f"{where(row, name)} has {len(values)} items, but there are {count} input_ids")
+    return values

@@ -143,6 +143,21 @@ ROWS: dict[str, tuple[type, dict[str, Any], str]] = {
         r": column 'labels'\[0\] is 6, neither -100 nor the token 5",
     ),
     "labels empty": (SFT, {"input_ids": [5, 6], "labels": [5, -100]}, r": no token of a sequence would be trained on"),
+    "padding mask length": (
+        SFT,
+        {"input_ids": [5, 6], "attention_mask": [1]},
+        r": column 'attention_mask' has 1 items, but there are 2 input_ids",
+    ),
+    "mask value": (
+        SFT,
+        {"input_ids": [5, 6], "completion_mask": [0, "yes"]},
+        r": column 'completion_mask'\[1\] must be true or false",
+    ),
+    "all padding": (
+        SFT,
+        {"input_ids": [5, 6], "attention_mask": [0, 0]},
+        r": no token of a sequence would be trained on",
+    ),
     "lengths": (
         SFT,
         {"input_ids": [5, 6, 7], "seq_lengths": [2, 2]},

@@ -97,6 +97,19 @@ def test_labels_are_masks(make: Any, jsonl: Jsonl) -> None:
     assert (example.prompt, example.masks) == ([10, 11], [[True, False]])
 
 
+@pytest.mark.trap(1)
+@pytest.mark.parametrize("left", [0, 2])
+def test_padding_of_tokenised_rows_is_left_out(make: Any, jsonl: Jsonl, left: int) -> None:
+    """By the attention mask and not by the id: the end token may be the padding token."""
+    right = 3 - left
+    row = {"input_ids": [3] * left + [10, 11, 3] + [3] * right, "attention_mask": [0] * left + [1] * 3 + [0] * right}
+    (example,) = make(dataset=jsonl([row])).examples("train")
+    assert example == Example([10], [[11, 3]], [[True, True]], {}, example.origin)
+    labels = [-100] * (left + 2) + [3] + [-100] * right
+    (example,) = make(dataset=jsonl([row | {"labels": labels}])).examples("train")
+    assert example == Example([10, 11], [[3]], [[True]], {}, example.origin)
+
+
 @pytest.mark.trap(44)
 def test_packed_rows_come_apart(make: Any, jsonl: Jsonl) -> None:
     row = {"input_ids": [10, 11, 12, 20, 21, 30, 31], "seq_lengths": [3, 2, 2]}
