@@ -24,6 +24,7 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+_OWN = ("function", "observation")  # roles that some chat templates have
 
 
 class Extras(NamedTuple):
@@ -67,7 +68,7 @@ def _message(value: Any, place: str) -> Message:
     message = _without_null(value)
     if "role" not in message and "from" in message:
         role = message.pop("from")
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             known = ", ".join(_ROLES)
             raise ValueError(f"{place}.from is {role!r}{nearest(str(role), _ROLES)}; known are {known}")
         message = {"role": _ROLES[role], "content": message.pop("value", None), **message}
@@ -76,11 +77,14 @@ def _message(value: Any, place: str) -> Message:
             raise ValueError(
                 f"{place} has no {name}{nearest(name, message)}; a message is {{role: text, content: text}}"
             )
-    role, content = message["role"], message.get("content") or ""
+    role, content = message["role"], message.get("content", "")
     if isinstance(content, list):
         raise ValueError(f"{place}.content is a list of parts, and only text can be trained on; write it as one text")
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(f"{place} must be a message {{role: text, content: text}}, not {str(value)[:80]}")
+    meant = _ROLES.get(role.strip().lower(), role)
+    if role != meant and role not in _OWN:  # most templates would write it as it is
+        raise ValueError(f"{place}.role is {role!r}, which chat templates do not know; call it {meant!r}")
     if role in ("user", ASSISTANT) and not message.get("tool_calls"):
         as_text(content, f"{place}.content")
     return {**message, "content": content}

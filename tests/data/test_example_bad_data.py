@@ -100,6 +100,22 @@ ROWS: dict[str, tuple[type, dict[str, Any], str]] = {
         {"conversations": [{"from": "humman", "value": "a"}]},
         r": column 'conversations'\[0\].from is 'humman' \(did you mean 'human'\?\)",
     ),
+    "from a list": (
+        SFT,
+        {"conversations": [{"from": ["human"], "value": "a"}]},
+        r": column 'conversations'\[0\].from is \['human'\] .*known are",
+    ),
+    "role of ShareGPT": (
+        DPO,
+        {"prompt": [{"role": "human", "content": "a"}], "chosen": [bot("g")], "rejected": [bot("b")]},
+        r": column 'prompt'\[0\].role is 'human', which chat templates do not know; call it 'user'",
+    ),
+    "role in capitals": (
+        SFT,
+        {"messages": [user("a"), {"role": "Assistant", "content": "b"}]},
+        r": column 'messages'\[1\].role is 'Assistant', .*call it 'assistant'",
+    ),
+    "system number": (SFT, {"messages": [{"role": "system", "content": 0}, user("a"), bot("b")]}, r": .*\[0\] must be"),
     "parts": (
         SFT,
         {"messages": [user([{"type": "text", "text": "a"}]), bot("b")]},
