@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 HUB_TIMEOUT = 3.0  # seconds; without the probe `datasets` retries an unreachable hub for 23
 _PARQUET_ROWS = 1024  # that are in memory at a time
+_CSV_FIELD = 2**31 - 1  # characters of a value; Python's own limit is 131,072, and documents are longer
 _INT_DIGITS = 4000  # Python refuses to convert much longer digit strings
 
 
@@ -111,6 +112,7 @@ def read_csv(path: Path) -> Iterator[Row]:
     Raises:
         ValueError: Bad UTF-8, malformed quoting, a repeated column name, or a row with too few or too many values.
     """
+    csv.field_size_limit(_CSV_FIELD)
     reader = csv.reader((part for line in _lines(path) for part in io.StringIO(line, newline="")), strict=True)
     header: list[str] | None = None
     number = 0

@@ -101,6 +101,11 @@ def test_csv_values_stay_text(tmp_path: Path) -> None:
     assert [row.origin.rpartition(":")[2] for row in rows] == ["2", "4"]
 
 
+def test_a_long_document_fits_into_csv(tmp_path: Path) -> None:
+    text = "word " * 40_000
+    assert read_rows(write(tmp_path, f"text\n{text}\n", "rows.csv")) == [{"text": text}]
+
+
 def test_parquet(tmp_path: Path) -> None:
     columns = [{"prompt": "a", "reward_model": {"ground_truth": "025"}}, {"prompt": "b", "reward_model": None}]
     path = tmp_path / "rows.parquet"
