@@ -227,17 +227,27 @@ class Encoder:
         """Where message ``i`` begins: after what the template writes for the assistant, if it is the assistant's."""
         for generation in (True, False) if opened and messages[i]["role"] == ASSISTANT else (False,):
             before = self._render(messages[:i], extras, origin, generation=generation)
-            if whole.startswith(before):
-                return len(before)
+            if (length := self._prefix(whole, before)) is not None:
+                return length
         raise self._no_prefix(i, origin)
 
     def _end(self, whole: str, messages: Sequence[Message], i: int, extras: Extras, origin: str) -> int:
         if i == len(messages) - 1:
             return len(whole)
-        until = self._render(messages[: i + 1], extras, origin)
-        if not whole.startswith(until):
+        length = self._prefix(whole, self._render(messages[: i + 1], extras, origin))
+        if length is None:
             raise self._no_prefix(i, origin)
-        return len(until)
+        return length
+
+    def _prefix(self, whole: str, beginning: str) -> int | None:
+        """Length of the beginning, or None if it is none.
+
+        Some templates put EOS behind the last message, which has an end token of its own; there it does not count.
+        """
+        ended = beginning.removesuffix(self.specials[self.eos])
+        if not any(token and ended.rstrip().endswith(token) for token in self.specials.values()):
+            ended = beginning
+        return next((len(text) for text in (beginning, ended) if whole.startswith(text)), None)
 
     def _no_prefix(self, i: int, origin: str) -> ValueError:
         return ValueError(

@@ -182,6 +182,20 @@ def test_a_template_without_end_token_gets_eos(make_tokenizer: Callable[..., Any
     assert encoded.completion.count(END) == 1
 
 
+def test_a_template_that_ends_the_whole_with_eos(make_tokenizer: Callable[..., Any]) -> None:
+    """Phi-3's: every message has an end token of its own, and EOS stands behind the last alone."""
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "</s>"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    said = [user("a"), bot("b"), user("c"), bot("d")]
+    encoder = Encoder(tokenizer)
+    assert supervised(tokenizer, encoder.dialogue(said, "x:1")) == "b<|im_end|>d<|im_end|>\n</s>"
+    assert "</s>" not in tokenizer.decode(encoder.dialogue(said, "x:1", first=2).prompt)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "")
+    with pytest.raises(ValueError, match=r"^x:1: the chat template renders"):  # earlier answers would have no end
+        Encoder(tokenizer).dialogue(said, "x:1")
+
+
 def test_the_generation_prompt_may_be_no_prefix(make_tokenizer: Callable[..., Any]) -> None:
     """A template that opens a thought which the data does not have: what it writes before is the prompt."""
     tokenizer = make_tokenizer(thinking=True)
