@@ -171,6 +171,38 @@ def test_the_same_example_again_is_a_duplicate_and_the_same_prompt_is_none(
     assert "18 of 20 examples are duplicates" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "data", "row"),
+    [
+        ("KTO", "UnpairedPreferences", {"completion": "x", "label": True}),
+        ("PointwiseRewardModel", "PointwiseLabels", {"completion": "x", "label": 0}),
+        ("ProcessRewardModel", "StepwiseSupervision", {"completions": ["x", "y"], "labels": [True, True]}),
+    ],
+)
+def test_labels_that_are_all_the_same_are_wrong(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], algorithm: str, data: str, row: dict[str, Any]
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", lambda i: {"prompt": f"p{i}", **row}, 20)
+    file = experiment(tmp_path, algorithm, tiny_model, data, dataset=str(rows), held_out_percent=0)
+    assert run("--config", str(file)) == 3
+    assert re.search(r"all (20|40) labels are [01], so nothing tells good from bad", capsys.readouterr().err)
+    other = {name: False if name == "label" else [False, True] for name in row if name.startswith("label")}
+    if row.get("label") == 0:
+        other = {"label": 1}
+    rows.write_text(rows.read_text() + json.dumps({"prompt": "q", **row, **other}) + "\n")
+    assert run("--config", str(file)) == 0
+
+
+def test_a_prompt_on_both_sides_is_noted(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write(tmp_path / "rows.jsonl", pair, 20)
+    held = write(tmp_path / "held.jsonl", lambda i: pair(i) | {"chosen": "other"}, 3)
+    file = experiment(tmp_path, "DPO", tiny_model, "Preferences", dataset=str(rows), val_split=str(held))
+    assert run("--config", str(file), "--json", "found.json") == 0
+    found = json.loads(Path("found.json").read_text())
+    assert (found["overlap"], found["asked"]) == (0, 3)
+    assert "note: 3 training examples have a prompt that is also held out" in capsys.readouterr().out
+
+
 def test_bad_rows_end_with_the_status_of_a_user_error(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

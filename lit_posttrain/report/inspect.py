@@ -35,6 +35,7 @@ class Inspection:
         lengths: Tokens of every example, by split and kind (``prompt``, ``completion``, ``whole``).
         duplicates: Examples that stand more than once, by split.
         overlap: Training examples that are also held out.
+        asked: Training examples whose prompt is also held out, with another completion.
         unended: Completions without an end token, by split, of how many.
         drifting: Examples whose text, tokenised again, gives other tokens, by split.
         problems: What has to be mended, one sentence each.
@@ -45,6 +46,7 @@ class Inspection:
     lengths: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     duplicates: dict[str, int] = field(default_factory=dict)
     overlap: int = 0
+    asked: int = 0
     unended: dict[str, tuple[int, int]] = field(default_factory=dict)
     drifting: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -89,6 +91,9 @@ def inspect(
         found.unended[split] = (len(completions) - ended, len(completions))
         found.drifting[split] = sum(_drifts(tokenizer, p + c) for p, c in rows)
     found.overlap = len(seen["train"] & seen["val"])
+    # Of a text without a prompt only the first token is the prompt, and that may be any text's.
+    asked = {prompt for prompt, _ in seen["val"] if len(prompt) > 1}
+    found.asked = sum(tuple(e.prompt) in asked for e in examples_of(data, "train")) - found.overlap
     _judge(found, data, context, new_tokens)
     return found
 
@@ -125,10 +130,29 @@ def _judge(found: Inspection, data: Any, context: int | None, new_tokens: int) -
                 f"{split}: {found.drifting[split]} rows tokenise otherwise when their text is read again (boundaries "
                 "between prompt and completion; they are trained on as tokenised)"
             )
+    labels = _labels(examples_of(data, "train"))
+    if len(labels) > 1 and len(set(labels)) == 1:
+        found.problems.append(f"train: all {len(labels)} labels are {labels[0]:g}, so nothing tells good from bad")
+    if found.asked:
+        found.notes.append(
+            f"{found.asked} training examples have a prompt that is also held out, with another completion; where the "
+            "held-out set is to measure new prompts, remove them or leave val_split out"
+        )
     if found.overlap:
         found.problems.append(f"{found.overlap} training examples are also held out")
     if not found.lengths["train"]["prompt"]:
         found.problems.append("train: nothing is left to train on")
+
+
+def _labels(examples: Sequence[Example]) -> list[Any]:
+    """The labels of all completions or steps; none of kinds of examples that have none."""
+    labels: list[Any] = []
+    for e in examples:
+        columns: dict[str, Any] = e.columns
+        labels += columns.get("label", [])
+        for values, mask in zip(columns.get("step_labels", []), e.masks, strict=False):
+            labels += [v for v, counts in zip(values, mask, strict=True) if counts]
+    return labels
 
 
 def dropped_of(counts: dict[str, int]) -> Counter[str]:
@@ -216,6 +240,7 @@ def _counts(found: Inspection) -> Table:
     for name in names:
         table.add_row(name.replace("_", " "), *(_share(found.summary.get(s, {}), name) for s in _SPLITS))
     table.add_row("in both splits", str(found.overlap), "")
+    table.add_row("only the prompt in both splits", str(found.asked), "")
     table.add_row("completions without end token", *("{} of {}".format(*found.unended[s]) for s in _SPLITS))
     table.add_row("rows that re-tokenise otherwise", *(str(found.drifting[s]) for s in _SPLITS))
     return table
