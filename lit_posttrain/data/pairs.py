@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
+import torch
+
 from lit_posttrain.data.columns import as_list, as_text, has, kind_of, number, token_ids, where
 from lit_posttrain.data.dialogue import Encoded, Encoder
 from lit_posttrain.data.messages import as_messages, asked, extras_of, transcript
@@ -85,11 +87,18 @@ def _preference(row: Row, kind: str) -> list[float]:
         raise ValueError(f"{where(row, kind)} has {len(values)} items, but there are {len(completions)} completions")
     numbers = [number(v, f"{where(row, kind)}[{i}]") for i, v in enumerate(values)]
     if kind == "scores":
-        return numbers
+        return _kept_apart(numbers)
     for i, rank in enumerate(numbers):
         if rank < 1 or rank != int(rank):
             raise ValueError(f"{where(row, kind)}[{i}] must be 1 (the best), 2, ..., not {values[i]!r}")
     return [-rank for rank in numbers]
+
+
+def _kept_apart(scores: list[float]) -> list[float]:
+    """The scores; or their order alone where single precision, in which batches hold them, would make some equal."""
+    levels = sorted(set(scores))
+    rounded = set(torch.tensor(scores, dtype=torch.float64).float().tolist())
+    return scores if len(rounded) == len(levels) else [float(levels.index(score)) for score in scores]
 
 
 def _pair(row: Row, encoder: Encoder) -> list[Encoded]:
@@ -144,7 +153,7 @@ def tied(completions: Sequence[Sequence[int]], preference: Sequence[float]) -> l
     for ids, value in zip(completions, preference, strict=True):
         of_tokens.setdefault(tuple(ids), []).append(value)
     groups = [of_tokens[tuple(ids)] for ids in completions]
-    return [(min(group) + max(group)) / 2 for group in groups]
+    return [min(group) / 2 + max(group) / 2 for group in groups]
 
 
 def _same(text: str, encoder: Encoder) -> list[Encoded]:

@@ -120,6 +120,16 @@ def test_rankings(make: Any, jsonl: Jsonl) -> None:
     assert example.columns == {"preference": [-1.0, -3.0]}
 
 
+@pytest.mark.parametrize(
+    "scores", [[1_700_000_001, 1_700_000_003, 1_700_000_002], [1.0, 1.0000000002, 1.0000000001], [1e39, 3e39, 2e39]]
+)
+def test_scores_that_single_precision_makes_equal_keep_their_order(
+    make: Any, jsonl: Jsonl, scores: list[float]
+) -> None:
+    data = make(dataset=jsonl([{"prompt": "a", "completions": ["x", "y", "z"], "scores": scores}]))
+    assert data.collate("train", [0], [0]).columns["preference"].tolist() == [0, 2, 1]
+
+
 @pytest.mark.trap(30)
 def test_equal_completions_of_a_ranking_are_no_pair(make: Any, jsonl: Jsonl) -> None:
     """Their pair has no gradient, whatever the scores, and would count as one that is never ordered right."""
