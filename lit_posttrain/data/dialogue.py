@@ -15,6 +15,7 @@ from lit_posttrain.data.templates import leading_specials
 Supervise = Literal["assistant", "last", "all"]
 
 KEY = "data.init_args.supervise"
+_ANCHORS = ("\n", "x", ".")
 
 
 class Encoded(NamedTuple):
@@ -56,9 +57,11 @@ class Encoder:
         self.size = len(tokenizer)
         added = tokenizer.added_tokens_decoder.items()
         self.specials = {i: str(t) for i, t in added if t.special} | {self.eos: str(tokenizer.eos_token)}
-        anchor = self._ids("\n")
-        # Tokenizers of the SentencePiece family put a space in front of any text, also of one that continues another.
-        self._anchor = anchor if self._ids("x") != self._ids("\nx")[len(anchor) :] else None
+        # Tokenizers of the SentencePiece family put a space in front of any text, also of one that continues another:
+        # it is tokenised behind an anchor, the first that does not become one token with its beginning.
+        anchors = {text: self._ids(text) for text in _ANCHORS}
+        first = anchors[_ANCHORS[0]]
+        self._anchors = anchors if self._ids("x") != self._ids(_ANCHORS[0] + "x")[len(first) :] else {}
 
     def start(self, text: str) -> list[int]:
         """Text that begins a sequence, BOS in front once."""
@@ -72,9 +75,11 @@ class Encoder:
 
     def then(self, text: str) -> list[int]:
         """Text that continues another."""
-        if self._anchor is None:
-            return self._ids(text)
-        return self._ids("\n" + text)[len(self._anchor) :]
+        for anchor, own in self._anchors.items():
+            ids = self._ids(anchor + text)
+            if ids[: len(own)] == own:
+                return ids[len(own) :]
+        return self._ids(text)
 
     def ended(self, ids: list[int]) -> list[int]:
         """With the end token, unless it is there."""

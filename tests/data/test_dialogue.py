@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lit_posttrain.data.dialogue import Encoder
@@ -149,6 +149,19 @@ def test_sentencepiece_puts_no_space_into_a_completion() -> None:
     assert [pieces[i] for i in natural] == ["▁a", "▁b"]
     encoded = Encoder(tokenizer).pair("a", " b", Row({}, "x:1", 0), ("prompt", "completion"))
     assert [pieces[i] for i in encoded.prompt + encoded.completion] == ["▁a", "▁b", "</s>"]
+
+
+@pytest.mark.trap(4)
+@pytest.mark.parametrize("completion", ["b", " b", "\n", "\nb", "\n\nb", "\n\n\n", "xb", ".b"])
+def test_a_completion_loses_nothing_that_begins_like_the_anchor(completion: str) -> None:
+    """A tokenizer that puts a space in front of texts, and for which two line breaks are one token."""
+    symbols = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ", "xb"]
+    merges = [("Ċ", "Ċ"), ("x", "b")]
+    core = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    core.decoder = decoders.ByteLevel()
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>"))
+    assert encoder.tokenizer.decode(encoder.then(completion)) == completion
 
 
 def test_supervise_all(tokenizer: Any, encoder: Encoder) -> None:
