@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lit_posttrain.data.columns import as_text, where
 from lit_posttrain.data.messages import ASSISTANT, Extras, Message, as_messages, extras_of
 from lit_posttrain.data.sources import Row
-from lit_posttrain.data.templates import leading_specials
+from lit_posttrain.data.templates import TEMPLATE_ERRORS, leading_specials
 
 Supervise = Literal["assistant", "last", "all"]
 
@@ -207,7 +206,7 @@ class Encoder:
             rendered = self.tokenizer.apply_chat_template(
                 list(messages), extras.tools, tokenize=False, add_generation_prompt=generation, **extras.arguments
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except TEMPLATE_ERRORS as error:
             roles = ", ".join(m["role"] for m in messages)
             raise ValueError(
                 f"{origin}: the tokenizer's chat template refuses these messages ({roles}): {error}"

@@ -137,9 +137,10 @@ def _pair(row: Row, encoder: Encoder) -> list[Encoded]:
         shared = 1
     if not shared and conversations[0] == conversations[1]:
         return _same(transcript(conversations[0]), encoder)
-    if not shared:
+    if all(message["role"] == "system" for message in conversations[0][:shared]):
         raise ValueError(
-            f"{row.origin}: 'chosen' and 'rejected' share no message to be the prompt; add a column prompt"
+            f"{row.origin}: 'chosen' and 'rejected' share no message to be the prompt (a system message asks nothing); "
+            "add a column prompt"
         )
     for name, messages in zip(PAIR, conversations, strict=True):
         if len(messages) == shared:

@@ -11,6 +11,8 @@ from lit_posttrain.model_files import model_folder
 Messages = list[dict[str, str]]
 
 KEY = "data.init_args.template"
+# A chat template is a program of the model's: whatever it trips over is about the messages it was given.
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 SLOT = "{question}"
 SEPARATOR = "\n\n"
 
@@ -143,7 +145,7 @@ class Template:
                 str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened))
                 for opened in (False, True)
             )
-        except TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             roles = ", ".join(m["role"] for m in messages)
             raise ValueError(f"the tokenizer's chat template refuses these messages ({roles}): {error}") from error
         prefill = _opened_thought(text[len(closed) :] if text.startswith(closed) else "") + self.prefill

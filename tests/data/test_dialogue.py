@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lit_posttrain.data import Template
 from lit_posttrain.data.dialogue import Encoder
 from lit_posttrain.data.messages import Extras, as_messages
 from lit_posttrain.data.sources import Row
@@ -280,3 +281,13 @@ def test_a_tokenizer_without_end_token_is_refused(make_tokenizer: Callable[..., 
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"^model.init_args.policy.tokenizer: .* has no eos_token"):
         Encoder(tokenizer)
+
+
+@pytest.mark.parametrize("program", ["{{ 1 / 0 }}", "{{ messages[0]['tool'] + 'x' }}", "{{ messages[9].content[0] }}"])
+def test_what_a_chat_template_trips_over_names_the_row(make_tokenizer: Callable[..., Any], program: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = program
+    with pytest.raises(ValueError, match=r"^x:7: the tokenizer's chat template refuses these messages \(user, assist"):
+        Encoder(tokenizer).dialogue([user("a"), bot("b")], "x:7")
+    with pytest.raises(ValueError, match=r"chat template refuses these messages \(user\)"):
+        Template(kind="chat").render("a", tokenizer)

@@ -190,6 +190,15 @@ ROWS: dict[str, tuple[type, dict[str, Any], str]] = {
         {"prompt": None, "chosen": [bot("g")], "rejected": [bot("b")]},
         r": 'chosen' and 'rejected' share no message to be the prompt",
     ),
+    "only the system shared": (
+        DPO,
+        {
+            "prompt": None,
+            "chosen": [{"role": "system", "content": "s"}, user("a"), bot("g")],
+            "rejected": [{"role": "system", "content": "s"}, user("e"), bot("b")],
+        },
+        r": 'chosen' and 'rejected' share no message to be the prompt \(a system message asks nothing\)",
+    ),
     "other prompt": (
         DPO,
         {"prompt": "q", "chosen": [user("a"), bot("g")], "rejected": [user("a"), bot("b")]},
