@@ -22,7 +22,7 @@ from lit_posttrain.functional.preference_losses import (
 from lit_posttrain.policy import PolicyConfig
 from lit_posttrain.reference import ReferenceConfig
 from lit_posttrain.rollout.engine import RolloutEngine
-from lit_posttrain.sharding import all_reduce_sum, gather_objects
+from lit_posttrain.sharding import gather_objects
 from lit_posttrain.types import ExampleBatch, Loss, MicroBatch
 
 
@@ -88,12 +88,14 @@ class DPO(PreferenceModule):
         winners, _ = pair_indices(batch.columns["preference"], batch.columns["group"])
         return float(len(winners)), float(batch.mask.sum(-1)[winners].sum())
 
+    def further_counts(self, batch: ExampleBatch) -> dict[str, float]:
+        """Tokens of the other completions, once a pair."""
+        _, losers = pair_indices(batch.columns["preference"], batch.columns["group"])
+        return {"rejected_tokens": float(batch.mask.sum(-1)[losers].sum())}
+
     def columns(self, batch: ExampleBatch, split: Any) -> dict[str, Tensor]:
         """The reference's log-probs; and where a loss ranks over the whole step, its gradient by every row's."""
-        _, losers = pair_indices(batch.columns["preference"], batch.columns["group"])
-        rejected = all_reduce_sum([float(batch.mask.sum(-1)[losers].sum())], self.device)[0]
-        columns = self.reference_columns(batch, split)
-        columns["rejected_tokens"] = torch.full((len(batch.sequences.ids),), rejected)
+        columns = {**self.reference_columns(batch, split), **self.further_columns(batch, split)}
         ranking: list[tuple[LossType, float]] = [(kind, weight) for kind, weight in self.losses if kind in WHOLE_STEP]
         if not ranking:
             return columns

@@ -77,6 +77,11 @@ class KTO(PreferenceModule):
         real = batch.columns["role"] == 0
         return float(real.sum()), float(batch.mask[real].sum())
 
+    def further_counts(self, batch: ExampleBatch) -> dict[str, float]:
+        """Completions of each kind."""
+        real, good = batch.columns["role"] == 0, batch.columns["label"] > 0
+        return {"chosen": float((real & good).sum()), "rejected": float((real & ~good).sum())}
+
     def rows(self, batch: ExampleBatch) -> Tensor:
         """Mismatched completions only make z."""
         return (batch.columns["role"] == 0).nonzero()[:, 0]
@@ -118,7 +123,7 @@ class KTO(PreferenceModule):
 
     @torch.no_grad()
     def columns(self, batch: ExampleBatch, split: Any) -> dict[str, Tensor]:
-        """The reference's log-probs, z, and how many completions of each kind the whole step has."""
+        """The reference's log-probs, and z."""
         columns = self.reference_columns(batch, split)
         reference = columns.get(COLUMN, batch.columns.get(COLUMN))
         assert reference is not None
@@ -128,19 +133,11 @@ class KTO(PreferenceModule):
             for micro_batch in self.each(batch, mismatched):
                 scored = self.built_policy()(micro_batch.sequences, micro_batch.mask, 1.0).log_probs
                 own[micro_batch.rows] = scored.sum(-1).cpu()
-        real, good = batch.columns["role"] == 0, batch.columns["label"] > 0
-        total, count, desirable, undesirable = all_reduce_sum(
-            [
-                float((own - reference)[mismatched].double().sum()),
-                len(mismatched),
-                int((real & good).sum()),
-                int((real & ~good).sum()),
-            ],
-            self.device,
+        total, count = all_reduce_sum(
+            [float((own - reference)[mismatched].double().sum()), len(mismatched)], self.device
         )
         z = max(0.0, total / max(count, 1.0))
-        of_kind = torch.where(good, torch.tensor(max(desirable, 1.0)), torch.tensor(max(undesirable, 1.0)))
-        return {**columns, "z": torch.full_like(own, z), "of_kind": of_kind.float()}
+        return {**columns, **self.further_columns(batch, split), "z": torch.full_like(own, z)}
 
     def loss(self, batch: MicroBatch, totals: Totals) -> Loss:
         """Mean over the completions of the whole step, of either kind."""
@@ -154,7 +151,7 @@ class KTO(PreferenceModule):
         metrics = {"kl": z * real.sum() / count}
         for name, values in (("rewards", self.beta * ratio.detach()), ("logps", sums.detach())):
             for kind, mine in (("chosen", real & good), ("rejected", real & ~good)):
-                metrics[f"{name}/{kind}"] = (values / columns["of_kind"]).where(mine, 0.0).sum()
+                metrics[f"{name}/{kind}"] = values.where(mine, 0.0).sum() / columns[kind].amax().clamp(min=1.0)
         if scored.entropy is not None:
             metrics["entropy"] = scored.entropy.sum() / tokens
         return Loss(terms.where(real, 0.0).sum() / count, metrics, {})

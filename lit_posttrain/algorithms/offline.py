@@ -36,6 +36,15 @@ class OfflineModule(PostTrainModule):
         """Further columns that the loss reads and that take the whole step to compute. Collective."""
         return {}
 
+    def further_counts(self, batch: ExampleBatch) -> dict[str, float]:
+        """What else of this rank's share metrics are divided by, by column name."""
+        return {}
+
+    def further_columns(self, batch: ExampleBatch, split: Any) -> dict[str, Tensor]:
+        """Those counts over all ranks and the whole step or, in an evaluation, over all of its batches. Collective."""
+        counts = self._further if split == "val" else self._over_ranks([self.further_counts(batch)])
+        return {name: torch.full((len(batch.sequences.ids),), count) for name, count in counts.items()}
+
     def rows(self, batch: ExampleBatch) -> Tensor | None:
         """Which rows the loss sees; all by default."""
         return None
@@ -119,9 +128,19 @@ class OfflineModule(PostTrainModule):
         assert data is not None, "evaluation counts its examples beforehand, so it needs the project's DataModule"
         self._sums: dict[str, float] = defaultdict(float)
         self._extremes: dict[str, float] = {}
-        counts = [self.counts(data.evaluation_batch("val", i)) for i in range(self._evaluation_batches(data))]
-        totals = [sum(each) for each in zip(*counts, strict=True)] or [0.0, 0.0]
+        counts, further = [(0.0, 0.0)], []
+        for i in range(self._evaluation_batches(data)):
+            batch = data.evaluation_batch("val", i)
+            counts.append(self.counts(batch))
+            further.append(self.further_counts(batch))
+        totals = [sum(each) for each in zip(*counts, strict=True)]
         self._totals = Totals(*all_reduce_sum(totals, self.device))
+        self._further = self._over_ranks(further)
+
+    def _over_ranks(self, counts: list[dict[str, float]]) -> dict[str, float]:
+        names = counts[0] if counts else {}
+        sums = all_reduce_sum([sum(each[name] for each in counts) for name in names], self.device) if names else []
+        return dict(zip(names, sums, strict=True))
 
     def _evaluation_batches(self, data: Any) -> int:
         trainer = self.trainer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from offline_runs import KINDS, data, fit, module, trained, write
 from tiny import write_tiny_model
-from tiny_runs import Recorder, curve, gap, weights
+from tiny_runs import Recorder, curve, gap, scalars, weights
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -128,6 +128,28 @@ def test_kto_holds_the_step_against_one_reference_point(
     assert recorder.results[0].metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert recorder.results[0].metrics["kl"] == pytest.approx(max(0.0, mean), rel=1e-4)
     assert (len(recorder.updates[0]) > 1) == (budget == 40)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_an_evaluation_is_the_same_however_it_is_cut_into_batches(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    other = {"reference": ReferenceConfig(model=str(write_tiny_model(tmp_path / "other", seed=9)))}
+    curves = []
+    for size in (1, 2, 6):
+        folder = tmp_path / str(size)
+        rows = write(folder / "rows.jsonl", KINDS[kind][2], 40)
+        examples = data(
+            kind, tiny_model, folder, dataset=str(rows), val_size=6, held_out_percent=50, val_batch_size=size
+        )
+        run = module(kind, tiny_model, lr=1e-6, **(other if kind in ("dpo", "kto") else {}))
+        fit(run, examples, folder, max_steps=1, limit_val_batches=1.0, val_check_interval=1)
+        assert examples.size("val") == 6
+        # KTO's z is that of an evaluation batch.
+        of_batch = ("eval/loss", "eval/kl") if kind == "kto" else ()
+        found = {tag: points[-1][1] for tag, points in scalars(folder).items() if tag.startswith("eval/")}
+        curves.append({tag: value for tag, value in found.items() if tag not in of_batch})
+    assert len(curves[0]) > 2
+    for got in curves[:2]:
+        assert got == pytest.approx(curves[2], rel=1e-4, abs=1e-6)
 
 
 # --- where gradients go ---------------------------------------------------------------------------------------------
