@@ -106,10 +106,10 @@ class DPO(PreferenceModule):
         local = ExampleBatch(batch.sequences, batch.mask, {**batch.columns, **columns})
         terms = self._terms(own, local.mask, local.columns)
         shares = gather_objects([t.detach() for t in terms])
-        whole = PairTerms(*(torch.cat(each) for each in zip(*shares, strict=True)))
         first = sum(len(s[0]) for s in shares[: self.global_rank])
         mine = slice(first, first + len(terms.chosen))
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # Trainer.validate is in inference mode
+            whole = PairTerms(*(torch.cat(each) for each in zip(*shares, strict=True)))
             chosen, rejected = (x.clone().requires_grad_() for x in (whole.chosen, whole.rejected))
             moving = whole._replace(chosen=chosen, rejected=rejected)
             values = torch.stack([w * pair_loss(moving, k, self.options) for k, w in ranking]).sum(0)

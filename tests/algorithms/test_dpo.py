@@ -1,6 +1,7 @@
 """DPO on pairs and rankings: which pairs, which reference, and losses that rank over the whole step."""
 
 import os
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from offline_runs import KINDS, data, fit, module, ranking, write
 from tiny import write_tiny_model
-from tiny_runs import Recorder, curve, gap, weights
+from tiny_runs import Recorder, curve, gap, trainer, weights
 from torch.nn.functional import logsigmoid
 
 from lit_posttrain.algorithms.generations import answer
@@ -275,3 +276,18 @@ def test_rewards_that_tie_are_not_right(computed: Any) -> None:
     """The policy begins as its reference, so both rewards are 0."""
     assert computed.recorder.results[0].metrics["rewards/accuracies"] == 0.0
     assert computed.recorder.results[-1].metrics["rewards/accuracies"] > 0.0
+
+
+@pytest.mark.parametrize("kind", ["aot", "aot_unpaired"])
+def test_a_loss_that_sorts_is_evaluated_without_training(
+    kind: Any, tiny_model: Path, other_model: Path, tmp_path: Path
+) -> None:
+    """Lightning's inference mode knows no gradients."""
+    run = module("dpo", tiny_model, loss_type=kind, reference=ReferenceConfig(model=str(other_model)))
+    examples = data("dpo", tiny_model, tmp_path, val_size=4, held_out_percent=40, val_batch_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (got,) = trainer(tmp_path, limit_val_batches=1.0).validate(run, examples, verbose=False)
+    batch = examples.evaluation_batch("val", 0)
+    own, reference = (sums(load_network(str(m)).eval(), batch) for m in (tiny_model, other_model))
+    assert got["eval/loss"] == pytest.approx(naive(kind, batch, own, reference), rel=1e-5)
