@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from lit_posttrain.beside import beside, require_fits
@@ -113,7 +114,7 @@ class Reference:
         if self.network is None:
             return
         self.network.to(device).build_view(device, sharded=mesh is not None)
-        if mesh is not None:
+        if mesh is not None and not isinstance(self.network, FSDPModule):  # a later evaluation comes here too
             assert self.network.compute_dtype is not None
             shard(self.network, mesh, self.network.compute_dtype, frozen=True)
 

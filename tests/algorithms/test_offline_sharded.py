@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from offline_runs import data, fit, module
-from tiny_runs import Recorder
+from tiny_runs import Recorder, trainer
 from two_processes import train_in_two
 
 from lit_posttrain import reference
@@ -14,7 +14,7 @@ from lit_posttrain.callbacks import CheckpointEvery
 from lit_posttrain.checkpoint import newest_checkpoint
 from lit_posttrain.export import _state_dict
 from lit_posttrain.functional.preference_losses import PairLossOptions
-from lit_posttrain.sharding import full_tensor
+from lit_posttrain.sharding import ShardedStrategy, full_tensor
 
 STEPS = 3
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -136,3 +136,23 @@ def test_a_reference_that_one_rank_cannot_read_again(tiny_model: Path, tmp_path:
         names = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
         assert "loss" in names
         assert "objective/kl" not in names
+
+
+def test_an_evaluation_after_training_finds_the_reference_sharded_already(tiny_model: Path, tmp_path: Path) -> None:
+    data("dpo", tiny_model, tmp_path)  # writes the file
+
+    def evaluated_twice(strategy: Any) -> None:
+        run = module("dpo", tiny_model, lr=0.3)
+        examples = data("dpo", tiny_model, tmp_path, val_size=4, held_out_percent=30)
+        arguments: dict[str, Any] = {"devices": 2, "limit_val_batches": 1.0, "logger": False}
+        fit(run, examples, tmp_path, strategy=strategy, max_steps=1, val_check_interval=1, **arguments)
+        seen = [float(run.trainer.callback_metrics["eval/loss"])]
+        again = ShardedStrategy(process_group_backend="gloo", timeout_seconds=30.0)
+        (got,) = trainer(tmp_path, strategy=again, **arguments).validate(run, examples, verbose=False)
+        torch.save([*seen, got["eval/loss"]], tmp_path / f"rank{run.global_rank}.pt")
+
+    train_in_two("fsdp2", evaluated_twice)
+    for rank in range(2):
+        before, after = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        assert before != pytest.approx(0.6931472, rel=1e-4)
+        assert after == pytest.approx(before, rel=1e-5)
