@@ -121,6 +121,7 @@ class Reference:
     @torch.no_grad()
     def log_probs(self, sequences: Sequences, mask: Bool[Tensor, "b t"], temperature: float) -> Float[Tensor, "b t"]:
         """The reference's log-probs of every masked token."""
+        assert not self.released, "without adapters to switch off this would be the policy itself: recall() it first"
         if self.network is not None:
             return self.network(sequences, mask, temperature).log_probs
         if self.adapters is None:

@@ -257,6 +257,21 @@ def test_a_cached_run_estimates_kl_on_samples(kind: str, tiny_model: Path, tmp_p
     assert estimated[1] == pytest.approx(estimated[0], rel=1e-5)
 
 
+@pytest.mark.trap(28)
+def test_other_data_after_training_is_scored_by_the_reference(tiny_model: Path, tmp_path: Path) -> None:
+    """It was released by then, and must not be taken for the trained policy."""
+    found = []
+    for cache in (None, str(tmp_path / "cache")):
+        folder = tmp_path / str(cache is None)
+        folder.mkdir()
+        run = module("dpo", tiny_model, lr=1.0, reference_cache=cache)
+        fit(run, data("dpo", tiny_model, folder), folder, max_steps=3)
+        other = data("dpo", tiny_model, folder, val_size=4, held_out_percent=40)
+        found += trainer(folder, limit_val_batches=1.0).validate(run, other, verbose=False)
+    assert abs(found[0]["eval/rewards/margins"]) > 0.1
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_training_outlives_the_references_files(
     damage: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

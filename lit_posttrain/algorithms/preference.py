@@ -141,6 +141,7 @@ class PreferenceModule(OfflineModule, ABC):
     @torch.no_grad()
     def _sums_of(self, batch: ExampleBatch, rows: Tensor | None = None) -> Tensor:
         assert self.reference is not None
+        self.reference.recall(self.device, self.device_mesh)  # released once the data of an earlier stage was scored
         sums = torch.zeros(len(batch.sequences.ids))
         for micro_batch in self.each(batch, rows):
             scored = self.reference.log_probs(micro_batch.sequences, micro_batch.mask, 1.0)
