@@ -1,5 +1,7 @@
 """The frozen reference policy that KL is measured against; never a part of the module tree."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from lit_posttrain.sharding import full_tensor, gather_objects, rank, reshard, s
 from lit_posttrain.types import Sequences
 
 KEY = "model.init_args.reference"
+# In a model's configuration, but not of what it computes.
+_INCIDENTAL = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +104,7 @@ class Reference:
         try:
             network = _frozen(self._own)
             if _hash(network) != self.initial_hash:
-                problem = f"model.init_args.reference: {self._own.model} holds other weights than at the start"
+                problem = f"{KEY}: {self._own.model} holds other weights or another configuration than at the start"
         except ValueError as error:
             problem = str(error)
         # All ranks or none: one that stayed behind would keep the others waiting.
@@ -180,7 +184,7 @@ class Reference:
         """
         if state["initial_hash"] != self.initial_hash:
             raise ValueError(
-                "model.init_args.reference: the reference's weights are not those this run began with (their hash "
+                f"{KEY}: the reference's weights or its configuration are not those this run began with (their hash "
                 "differs); put the original model folder back"
             )
         self.refreshed_at = state["refreshed_at"]
@@ -212,7 +216,10 @@ def _shapes(policy: Policy) -> dict[str, torch.Size]:
 
 
 def _hash(policy: Policy) -> str:
-    return tensor_hash({n: p.detach() for n, p in policy.model.named_parameters() if "lora_" not in n})
+    """Of what a network computes: its weights, adapters aside, and the configuration that says how they are used."""
+    weights = tensor_hash({n: p.detach() for n, p in policy.model.named_parameters() if "lora_" not in n})
+    said = {k: v for k, v in policy.hf_config.to_dict().items() if k not in _INCIDENTAL and not k.startswith("_")}
+    return hashlib.sha256(f"{weights} {json.dumps(said, sort_keys=True, default=str)}".encode()).hexdigest()
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:

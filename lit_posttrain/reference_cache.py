@@ -24,8 +24,8 @@ _AT_ONCE = 64
 class ReferenceCache:
     """Sums of log-probs by row, one file a split (or other part of the data).
 
-    A file's name is the hash of the reference's weights, the precision they compute in, and every token and mask, so
-    that other weights or other data never find it; its checksum is verified when it is read.
+    A file's name is the hash of the reference's weights and configuration, the precision it computes in, and every
+    token and mask, so that another model or other data never find it; its checksum is verified when it is read.
 
     Args:
         folder: Where the files lie; made if absent.

@@ -1,5 +1,6 @@
 """Log-probs of the reference on disk: found for the same weights and data only, and never believed when damaged."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,18 @@ def test_anything_else_does_not(tiny_model: Path, tmp_path: Path, examples: Any)
     examples._examples["train"][7] = example._replace(origin="elsewhere")
     assert Filled(tiny_model, folder, examples).scored == 0
     assert len(list(folder.glob("*.safetensors"))) == 6
+
+
+def test_the_same_weights_used_otherwise_do_not(tiny_model: Path, tmp_path: Path, examples: Any) -> None:
+    """A configuration says how: its norms, its positions. Where the model lies, or who wrote it, plays no part."""
+    first = Filled(tiny_model, tmp_path / "c", examples)
+    for change, scored in (({"rms_norm_eps": 0.1}, 3), ({"transformers_version": "1.0"}, 0)):
+        folder = tmp_path / next(iter(change))
+        shutil.copytree(tiny_model, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        assert Filled(folder, tmp_path / "c", examples).scored == scored, change
+    assert first.scored == 3
 
 
 def cut(file: Path) -> None:
