@@ -64,13 +64,17 @@ def sampled(
 
 
 def given(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> list[Answer]:
-    """The data's own answers: the preferred completion of a comparison, else the only one."""
+    """The data's own answers: the preferred completion of a comparison, else the only one; of a conversation the first.
+
+    They end where a policy's would, at the first stop token.
+    """
     answers = []
     for e in examples:
         scores: Any = e.columns.get("preference") or [0.0] * len(e.completions)
         best = max(range(len(scores)), key=lambda i: scores[i])
-        ids = e.completions[best]
-        answers.append(_answer(tokenizer, e, ids, stops, "stop" if ids and ids[-1] in stops else "length"))
+        whole = e.completions[best]
+        end = next((i for i, token in enumerate(whole, 1) if token in stops), None)
+        answers.append(_answer(tokenizer, e, whole[:end], stops, "length" if end is None else "stop"))
     return answers
 
 

@@ -284,6 +284,20 @@ def test_a_learned_reward_judges_as_the_reward_model_does(tiny_model: Path, tmp_
     assert by_text.compare(ended, cut) == by_tokens.compare(ended, cut)
 
 
+def test_of_a_conversation_the_first_answer_is_compared(tiny_model: Path, tmp_path: Path) -> None:
+    """The policy gives one too; what the user says next is nobody's answer."""
+    turns = [("user", "Say 1?"), ("assistant", "one"), ("user", "And 2?"), ("assistant", "two")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    source = data("sft", tiny_model, tmp_path, dataset=str(write(tmp_path / "rows.jsonl", lambda i: row)))
+    source.setup("fit")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    (answer,) = given(source.examples("train")[:1], tokenizer, [tokenizer.eos_token_id])
+    assert (answer.text, answer.stop_reason) == ("one", "stop")
+    assert answer.ids == tokenizer.encode("one<|im_end|>")
+    (whole,) = given(source.examples("train")[:1], tokenizer, [])
+    assert "two" in whole.text
+
+
 # --- as an evaluation -----------------------------------------------------------------------------------------------
 
 
