@@ -14,6 +14,7 @@ from lit_posttrain import randomness
 from lit_posttrain.algorithms.base import PostTrainModule
 from lit_posttrain.algorithms.generations import GenerationConfig, as_prompts
 from lit_posttrain.algorithms.samples import code_block
+from lit_posttrain.beside import require_fits
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.judges import Answer, Judge
 from lit_posttrain.metrics import WinRate as WinRateMetric
@@ -108,7 +109,7 @@ class WinRate(PostTrainModule):
     Args:
         policy: A.
         judge: Decides.
-        opponent: B; null compares with the data's own completions.
+        opponent: B, of the same tokenizer; null compares with the data's own completions.
         prompts: How many held-out prompts, the first ones; null for all.
         generations: How answers are sampled; its ``prompts`` and ``shown`` are not read.
         engine: Generates them; the native engine by default.
@@ -150,15 +151,17 @@ class WinRate(PostTrainModule):
         """Answer and judge everything at once: rollouts are fastest in large batches."""
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         examples = data.examples("val")[: self.prompts]
-        policy = self.built_policy()
+        policy, opponent = self.built_policy(), None
+        if self.opponent_config is not None:
+            opponent = Policy(self.opponent_config).requires_grad_(False).eval()
+            require_fits(opponent, policy, self.tokenizer, "model.init_args.opponent.model", data)
         self.judge.place(self.device, self.tokenizer)
         self.phase("answers of A", len(examples))
         ours = sampled(self.engine, policy, examples, self.generations, self.tokenizer, self.advance)
-        if self.opponent_config is None:
+        if opponent is None:
             theirs = given(examples, self.tokenizer, policy.stop_token_ids)
         else:
-            opponent = Policy(self.opponent_config).requires_grad_(False).eval().to(self.device)
-            opponent.build_view(self.device, sharded=False)
+            opponent.to(self.device).build_view(self.device, sharded=False)
             self.phase("answers of B", len(examples))
             theirs = sampled(self.engine, opponent, examples, self.generations, self.tokenizer, self.advance)
             del opponent

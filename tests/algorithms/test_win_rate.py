@@ -341,6 +341,21 @@ def test_another_policy_answers_otherwise(tiny_model: Path, tmp_path: Path) -> N
     assert all(row["a"] != row["b"] for row in lines(tmp_path / "a/version_0/evaluation/step-0.jsonl"))
 
 
+def test_an_opponent_with_another_tokenizer_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """It would be asked something else, and what it says would be read as something else."""
+    other = write_tiny_model(tmp_path / "other", seed=5)
+    backend = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = backend["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(backend))
+    judge = Recording()
+    with pytest.raises(
+        ValueError, match=r"^model\.init_args\.opponent\.model: .* has another tokenizer than the policy"
+    ):
+        evaluated(tiny_model, tmp_path / "run", judge, opponent=PolicyConfig(model=str(other)))
+    assert not judge.asked
+
+
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_against_the_datas_own_answers(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     wanted = [KINDS[kind][2](i) for i in range(6)]
