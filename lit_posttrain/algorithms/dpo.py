@@ -1,5 +1,6 @@
 """Direct preference optimisation and its family, on pairs or on whole rankings."""
 
+import math
 from typing import Any, final
 
 import torch
@@ -18,6 +19,7 @@ from lit_posttrain.functional.preference_losses import (
     needs_reference,
     pair_indices,
     pair_loss,
+    require_read,
 )
 from lit_posttrain.policy import PolicyConfig
 from lit_posttrain.reference import ReferenceConfig
@@ -74,8 +76,9 @@ class DPO(PreferenceModule):
                 f"model.init_args.loss_weights: {len(weights)} weights for {len(kinds)} losses; give one for each"
             )
         self.losses: list[tuple[LossType, float]] = list(zip(kinds, weights, strict=True))
-        for kind in kinds:
-            options.check(kind)
+        if not all(map(math.isfinite, weights)) or not any(weights):
+            raise ValueError(f"model.init_args.loss_weights: must be finite and not all 0, are {weights}")
+        require_read(kinds, options)
         needed = any(needs_reference(kind, options) for kind in kinds)
         super().__init__(
             policy, reference if needed else None, reference_cache, generations, engine, optimizer, scheduler,

@@ -1,5 +1,6 @@
 """Kahneman-Tversky optimisation on single completions that are labelled good or bad."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, final
 
@@ -61,10 +62,12 @@ class KTO(PreferenceModule):
         token_budget: int = TOKEN_BUDGET,
     ):
         for name, value in (("beta", beta), ("desirable_weight", desirable_weight)):
-            if value <= 0:
-                raise ValueError(f"model.init_args.{name}: must be above 0, is {value}")
-        if undesirable_weight < 0:
-            raise ValueError(f"model.init_args.undesirable_weight: must not be negative, is {undesirable_weight}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"model.init_args.{name}: must be above 0 and finite, is {value}")
+        if not 0 <= undesirable_weight < math.inf:
+            raise ValueError(
+                f"model.init_args.undesirable_weight: must be finite and not negative, is {undesirable_weight}"
+            )
         super().__init__(
             policy, reference, reference_cache, generations, engine, optimizer, scheduler, max_grad_norm, token_budget
         )

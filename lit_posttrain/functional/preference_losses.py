@@ -1,7 +1,7 @@
 """The DPO family and KTO on sums of log-probs; every function returns unreduced terms, one a pair or a completion."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -16,6 +16,15 @@ LossType = Literal[
 ]  # fmt: skip
 WHOLE_STEP = frozenset({"aot", "aot_unpaired"})
 """Losses that sort: they are given the pairs of the whole optimizer step over all ranks."""
+_READ_BY: dict[str, tuple[str, ...]] = {
+    "label_smoothing": ("sigmoid", "robust", "aot", "aot_unpaired", "exo_pair", "cpo"),
+    "ipo_average": ("ipo",),
+    "discopop_tau": ("discopop",),
+    "simpo_gamma": ("simpo",),
+    "cpo_alpha": ("cpo",),
+    "orpo_lambda": ("orpo",),
+    "f_divergence": ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm"),
+}
 _WITHOUT_REFERENCE = frozenset({"sft", "simpo", "cpo", "orpo"})
 _KEY = "model.init_args.options"
 
@@ -42,12 +51,13 @@ class PairTerms(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PairLossOptions:
-    """Constants of the preference losses; each is read by the losses that it names.
+    """Constants of the preference losses; each is read by the losses that it names, and else must not be set.
 
     Args:
         beta: Strength of the pull to the reference; above 0.
         label_smoothing: Probability that a preference is the wrong way round, at least 0 and below 0.5: makes
-            ``sigmoid`` cDPO; of ``robust``, ``aot`` and ``aot_unpaired`` too, and epsilon of ``exo_pair`` (above 0).
+            ``sigmoid`` cDPO; of ``robust``, ``aot``, ``aot_unpaired`` and ``cpo`` too, and epsilon of ``exo_pair``
+            (above 0).
         ipo_average: ``ipo`` compares means over tokens, as TRL does; false compares sums, as the authors of DPO do.
         discopop_tau: Temperature of the mixture of ``discopop``.
         simpo_gamma: Target margin of ``simpo``.
@@ -73,15 +83,15 @@ class PairLossOptions:
     def __post_init__(self):
         """Check the ranges."""
         for name in ("beta", "discopop_tau"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{_KEY}.{name}: must be above 0, is {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{_KEY}.{name}: must be above 0 and finite, is {getattr(self, name)}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"{_KEY}.label_smoothing: must be at least 0 and below 0.5, is {self.label_smoothing}")
         for name in ("cpo_alpha", "orpo_lambda", "simpo_gamma"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{_KEY}.{name}: must not be negative, is {getattr(self, name)}")
 
-    def check(self, kind: LossType) -> None:
+    def check(self, kind: str) -> None:
         """See that a loss can be computed with these constants.
 
         Raises:
@@ -91,6 +101,26 @@ class PairLossOptions:
             raise ValueError(f"{_KEY}.label_smoothing: exo_pair needs one above 0 (2402.00856 uses 0.001)")
         if self.reference_free and self.f_divergence != "reverse_kl":
             raise ValueError(f"{_KEY}.f_divergence: a divergence needs a reference; set reference_free: false")
+
+
+def require_read(kinds: Sequence[str], options: PairLossOptions) -> None:
+    """See that each loss is known, and that constants which were set are read by one of them.
+
+    A divergence has to be read by every one, but for ``sft``, which has no reference.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for kind in kinds:
+        if kind not in _LOSSES:
+            raise ValueError(f"model.init_args.loss_type: {kind!r} is none of {', '.join(_LOSSES)}")
+        options.check(kind)
+    for name, readers in _READ_BY.items():
+        if getattr(options, name) == getattr(PairLossOptions, name):
+            continue
+        deaf = [kind for kind in kinds if kind not in readers]
+        if len(deaf) == len(kinds) or (name == "f_divergence" and set(deaf) - {"sft"}):
+            raise ValueError(f"{_KEY}.{name}: {', '.join(deaf)} would not read it; it is of {', '.join(readers)}")
 
 
 def needs_reference(kind: LossType, options: PairLossOptions) -> bool:

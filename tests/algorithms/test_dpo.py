@@ -229,6 +229,14 @@ def test_losses_add_up_by_their_weights(tiny_model: Path, tmp_path: Path) -> Non
 def test_what_cannot_be_is_refused(tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=r"model.init_args.loss_weights: 2 weights for 1 losses"):
         module("dpo", tiny_model, loss_weights=[1.0, 2.0])
+    for weights_of_losses in ([0.0, 0.0], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match=r"^model.init_args.loss_weights: must be finite and not all 0"):
+            module("dpo", tiny_model, loss_type=["sigmoid", "sft"], loss_weights=weights_of_losses)
+    with pytest.raises(ValueError, match=r"^model.init_args.options.label_smoothing: hinge would not read it"):
+        module("dpo", tiny_model, loss_type="hinge", options=PairLossOptions(label_smoothing=0.1))
+    for value in (0.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"^model.init_args.beta: must be above 0 and finite"):
+            module("kto", tiny_model, beta=value)
     with pytest.raises(ValueError, match=r"refresh_every: the reference of fixed data is fixed"):
         module("dpo", tiny_model, reference=ReferenceConfig(refresh_every=2))
 

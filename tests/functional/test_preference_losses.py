@@ -1,6 +1,7 @@
 """The DPO family against worked numbers, their papers' identities and finite differences."""
 
 import math
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -15,6 +16,7 @@ from lit_posttrain.functional.preference_losses import (
     implicit_rewards,
     needs_reference,
     pair_loss,
+    require_read,
 )
 
 KINDS: tuple[LossType, ...] = get_args(LossType)
@@ -333,3 +335,42 @@ def test_constants_are_checked_against_the_loss() -> None:
     for kind in KINDS:
         options_for(kind).check(kind)
         options_for(kind, reference_free=True).check(kind)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "changes", "message"),
+    [
+        (["ipo", "hinge"], {"label_smoothing": 0.1}, r"options\.label_smoothing: ipo, hinge would not read it"),
+        (["simpo"], {"label_smoothing": 0.1}, r"options\.label_smoothing: simpo would not read it"),
+        (["sigmoid"], {"simpo_gamma": 1.0}, r"options\.simpo_gamma: sigmoid would not read it"),
+        (["sigmoid", "nca_pair"], {"f_divergence": "forward_kl"}, r"options\.f_divergence: nca_pair would not read it"),
+        (["sigmod"], {}, r"loss_type: 'sigmod' is none of sigmoid, hinge"),
+        (["exo_pair"], {}, r"label_smoothing: exo_pair needs one above 0"),
+    ],
+)
+def test_what_no_loss_would_read_is_refused(kinds: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.init_args\.{message}" if "exo" not in message else message):
+        require_read(kinds, PairLossOptions(**changes))
+
+
+def test_what_one_of_several_losses_reads_is_taken() -> None:
+    require_read(["sigmoid", "ipo"], PairLossOptions(label_smoothing=0.1, ipo_average=False))
+    require_read(["sigmoid", "sft"], PairLossOptions(f_divergence="js_divergence"))
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "ipo_average", "discopop_tau", "simpo_gamma", "cpo_alpha",
+                                  "orpo_lambda", "f_divergence"])  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_reads_what_it_says_it_reads(kind: LossType, name: str) -> None:
+    other = {"ipo_average": False, "f_divergence": "forward_kl"}.get(name, 0.3)
+    terms, base = sample(), options_for(kind)
+    changed = replace(base, **{name: other})
+    reads = not torch.allclose(pair_loss(terms, kind, base), pair_loss(terms, kind, changed))
+    plain = replace(changed, label_smoothing=other if name == "label_smoothing" else 0.0)
+    if kind == "exo_pair" and name != "label_smoothing":
+        return
+    if reads:
+        require_read([kind], plain)
+    else:
+        with pytest.raises(ValueError, match=rf"options\.{name}: {kind} would not read it"):
+            require_read([kind], plain)
