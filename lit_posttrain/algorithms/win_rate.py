@@ -23,7 +23,7 @@ from lit_posttrain.rollout.collect import generate
 from lit_posttrain.rollout.engine import RolloutEngine
 from lit_posttrain.rollout.native import NativeEngine
 from lit_posttrain.rollout.stops import EXACT_TEXT
-from lit_posttrain.types import Example, Loss, MicroBatch, StopReason
+from lit_posttrain.types import Example, Loss, MicroBatch, Prompt, StopReason
 
 _SHOWN = 4
 
@@ -238,7 +238,7 @@ class WinRateDuringTraining(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The opponent's answers; a resume makes the same ones again, from the files that the run began with."""
-        examples = trainer.datamodule.examples("val")[: self.prompts]  # pyright: ignore[reportAttributeAccessIssue]
+        examples = self._examples(trainer, pl_module)
         self.judge.place(pl_module.device, pl_module.tokenizer)
         policy = pl_module.built_policy()
         if self.against == "data":
@@ -252,7 +252,7 @@ class WinRateDuringTraining(Callback):
         """Answer, judge and log."""
         if trainer.sanity_checking or self._theirs is None:
             return
-        examples = trainer.datamodule.examples("val")[: self.prompts]  # pyright: ignore[reportAttributeAccessIssue]
+        examples = self._examples(trainer, pl_module)
         ours = sampled(pl_module.engine, pl_module.built_policy(), examples, self.generations, pl_module.tokenizer)
         outcomes = compare(self.judge, ours, self._theirs, randomness.run_seed())
         metric = WinRateMetric(sync_on_compute=False)
@@ -264,6 +264,26 @@ class WinRateDuringTraining(Callback):
             step = pl_module.step_of_weights()
             write_comparisons(folder / "comparisons" / f"step-{step}.jsonl", outcomes, ours, self._theirs)
             pl_module.log_text("eval/comparisons", as_table(outcomes, ours, self._theirs), step)
+
+    def _examples(self, trainer: pl.Trainer, pl_module: Any) -> list[Example]:
+        """The first held-out prompts, with the data's completions where it has some."""
+        data: Any = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if not hasattr(pl_module, "engine"):
+            raise ValueError(
+                f"trainer.callbacks: WinRateDuringTraining compares answers, and {type(pl_module).__name__} trains a "
+                "network that gives scores; remove it"
+            )
+        if hasattr(data, "examples"):
+            return data.examples("val")[: self.prompts]
+        if self.against == "data":
+            raise ValueError(
+                f"WinRateDuringTraining.against: {type(data).__name__} has prompts without answers; set it to start"
+            )
+        count = list(range(min(self.prompts, data.size("val"))))
+        found: list[Prompt] = data.collate("val", count, count).prompts
+        return [
+            Example(p.token_ids, [], [], {}, p.question, None if isinstance(p.prompt, str) else p.prompt) for p in found
+        ]
 
     def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """End what the judge started."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from offline_runs import KINDS, data, fit, module, write
 from tiny import byte_tokenizer, write_tiny_model
-from tiny_runs import curve, trainer
+from tiny_runs import curve, grpo, prompts, trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from two_processes import train_in_two
 
@@ -399,6 +399,30 @@ def test_during_training(against: str, tiny_model: Path, tmp_path: Path) -> None
         assert [row["b"] for row in rows] == [row["b"] for row in first]
         assert any(row["a"] != row["b"] for row in rows)
     assert curve(tmp_path, "eval/win_rate")[1] == pytest.approx(sum(row["outcome"] for row in rows) / 3)
+
+
+def test_during_reinforcement_learning(tiny_model: Path, tmp_path: Path) -> None:
+    """Its prompts come without answers, so the policy is held against what it was."""
+    judge = Recording()
+    run = grpo(tiny_model, lr=1.0, new_tokens=4)
+    examples = prompts(tiny_model, tmp_path, val_size=3, held_out_percent=40)
+    callback = WinRateDuringTraining(judge, against="start", prompts=2, generations=SHORT)
+    fit(run, examples, tmp_path, callback, max_steps=2, limit_val_batches=1.0, val_check_interval=2)
+    rows = lines(tmp_path / "version_0/comparisons/step-2.jsonl")
+    held = examples.collate("val", [0, 1], [0, 1]).prompts
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    assert [row["prompt"] for row in rows] == [tokenizer.decode(p.token_ids) for p in held]
+    assert len(judge.asked) == 2 * 2
+    assert len(curve(tmp_path, "eval/win_rate")) == 1
+    with pytest.raises(ValueError, match=r"^WinRateDuringTraining.against: VerifiablePrompts has prompts without"):
+        fit(grpo(tiny_model), examples, tmp_path, WinRateDuringTraining(judge, generations=SHORT))
+
+
+def test_a_network_that_does_not_answer(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"^trainer.callbacks: WinRateDuringTraining compares answers, and RewardModel"
+    ):
+        fit(module("rm", tiny_model), data("rm", tiny_model, tmp_path), tmp_path, WinRateDuringTraining(Recording()))
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
