@@ -138,7 +138,8 @@ class DPO(PreferenceModule):
         if "step_slope" in batch.columns:
             change = batch.columns["step_slope"] * (sums - sums.detach())
             total = total + (change + batch.columns["step_value"]).sum() / pairs
-        return Loss(total, pair_metrics(scored, batch, terms, self.options, totals), {})
+        kinds = frozenset(kind for kind, _ in self.losses)
+        return Loss(total, pair_metrics(scored, batch, terms, self.options, totals, kinds), {})
 
     def _terms(self, sums: Tensor, mask: Tensor, columns: dict[str, Tensor]) -> PairTerms:
         winners, losers = pair_indices(columns["preference"], columns["group"])

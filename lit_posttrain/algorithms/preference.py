@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from lit_posttrain import randomness
 from lit_posttrain.algorithms.generations import GenerationConfig, answer, as_sequences, as_text
@@ -15,7 +16,14 @@ from lit_posttrain.batching import split as split_rows
 from lit_posttrain.batching import to_device
 from lit_posttrain.functional.log_probs import TokenLogProbs
 from lit_posttrain.functional.masked import Totals
-from lit_posttrain.functional.preference_losses import PairLossOptions, PairTerms, implicit_rewards, pair_indices
+from lit_posttrain.functional.preference_losses import (
+    PairLossOptions,
+    PairTerms,
+    implicit_rewards,
+    log_odds,
+    pair_indices,
+    per_token,
+)
 from lit_posttrain.policy import Policy, PolicyConfig
 from lit_posttrain.reference import Reference, ReferenceConfig
 from lit_posttrain.reference_cache import ReferenceCache
@@ -221,12 +229,25 @@ def _distinct_prompts(examples: Any, count: int) -> list[Any]:
 
 
 def pair_metrics(
-    scored: TokenLogProbs, batch: MicroBatch, terms: PairTerms, options: PairLossOptions, totals: Totals
+    scored: TokenLogProbs,
+    batch: MicroBatch,
+    terms: PairTerms,
+    options: PairLossOptions,
+    totals: Totals,
+    kinds: frozenset[str],
 ) -> dict[str, Tensor]:
-    """TRL's DPO tags as shares of the step's means over pairs, or over the tokens of their completions."""
+    """TRL's DPO, CPO and ORPO tags as shares of the step's means over pairs, or over their completions' tokens."""
     pairs, tokens = max(totals.sequences, 1.0), max(totals.tokens, 1.0)
+    rows: dict[str, Tensor] = {}
+    if kinds & {"cpo", "orpo"}:
+        rows["nll_loss"] = -per_token(terms).chosen.detach()
+    if "orpo" in kinds:
+        odds = log_odds(terms).detach()
+        rows |= {"log_odds_chosen": odds, "log_odds_ratio": logsigmoid(odds)}
+    if kinds - {"sft"} and kinds <= {"simpo", "orpo", "sft"}:
+        terms = per_token(terms)
     chosen, rejected = implicit_rewards(terms, options)
-    rows = {
+    rows |= {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/accuracies": (chosen > rejected).float(),

@@ -18,13 +18,10 @@ WHOLE_STEP = frozenset({"aot", "aot_unpaired"})
 """Losses that sort: they are given the pairs of the whole optimizer step over all ranks."""
 _READ_BY: dict[str, tuple[str, ...]] = {
     "label_smoothing": ("sigmoid", "robust", "aot", "aot_unpaired", "exo_pair", "cpo"),
-    "ipo_average": ("ipo",),
-    "discopop_tau": ("discopop",),
-    "simpo_gamma": ("simpo",),
-    "cpo_alpha": ("cpo",),
-    "orpo_lambda": ("orpo",),
     "f_divergence": ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm"),
-}
+    "ipo_average": ("ipo",), "discopop_tau": ("discopop",), "simpo_gamma": ("simpo",), "cpo_alpha": ("cpo",),
+    "orpo_lambda": ("orpo",),
+}  # fmt: skip
 _WITHOUT_REFERENCE = frozenset({"sft", "simpo", "cpo", "orpo"})
 _KEY = "model.init_args.options"
 
@@ -151,6 +148,18 @@ def implicit_rewards(terms: PairTerms, options: PairLossOptions) -> tuple[Float[
     chosen = terms.chosen if free else terms.chosen - terms.ref_chosen
     rejected = terms.rejected if free else terms.rejected - terms.ref_rejected
     return options.beta * chosen.detach(), options.beta * rejected.detach()
+
+
+def per_token(terms: PairTerms) -> PairTerms:
+    """Of losses without a reference whose rewards are means over tokens: SimPO (2405.14734 Eq. 4) and ORPO."""
+    chosen, rejected = _means(terms)
+    return terms._replace(chosen=chosen, rejected=rejected)
+
+
+def log_odds(t: PairTerms) -> Float[Tensor, " p"]:
+    """Log of the completions' odds ratio, their probabilities means over tokens (2403.07691 Eq. 4)."""
+    w, l = (x.clamp(max=-1e-7) for x in _means(t))  # noqa: E741
+    return (w - l) - (torch.log(-torch.expm1(w)) - torch.log(-torch.expm1(l)))
 
 
 def pair_indices(preference: Float[Tensor, " b"], group: Int[Tensor, " b"]) -> tuple[Tensor, Tensor]:
@@ -303,9 +312,7 @@ def _cpo(t: PairTerms, o: PairLossOptions) -> Tensor:
 
 def _orpo(t: PairTerms, o: PairLossOptions) -> Tensor:
     """ORPO (2403.07691 Eq. 6): mean NLL of the chosen completion and the log odds ratio of the means."""
-    w, l = (x.clamp(max=-1e-7) for x in _means(t))  # noqa: E741
-    odds = (w - l) - (torch.log(-torch.expm1(w)) - torch.log(-torch.expm1(l)))
-    return -_means(t)[0] - o.orpo_lambda * logsigmoid(odds)
+    return -_means(t)[0] - o.orpo_lambda * logsigmoid(log_odds(t))
 
 
 _LOSSES: dict[LossType, Callable[[PairTerms, PairLossOptions], Tensor]] = {

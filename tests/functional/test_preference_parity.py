@@ -8,6 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_posttrain.algorithms.preference import pair_metrics
+from lit_posttrain.batching import idle
+from lit_posttrain.functional.log_probs import TokenLogProbs
+from lit_posttrain.functional.masked import Totals
 from lit_posttrain.functional.preference_losses import (
     LossType,
     PairLossOptions,
@@ -168,7 +172,14 @@ def compare_experimental(trainer_class: Any, kind: LossType, options: PairLossOp
             if hasattr(trainer_class, name):
                 setattr(stub, name, getattr(trainer_class, name).__get__(stub))
         model = lambda *_, **__: SimpleNamespace(logits=logits)  # noqa: B023, E731
-        theirs, _ = trainer_class.get_batch_loss_metrics(stub, model, batch)
+        theirs, logged = trainer_class.get_batch_loss_metrics(stub, model, batch)
+        scored = TokenLogProbs(torch.zeros(1, 1), None)
+        metrics = pair_metrics(scored, idle({}), terms, options, Totals(1.0, 3.0), frozenset({kind}))
+        # Of SimPO the NLL that TRL's trainer may add is the weight of ``sft``.
+        absent = {"logits/chosen", "logits/rejected", *(("nll_loss",) if kind == "simpo" else ())}
+        assert metrics.keys() == logged.keys() - absent
+        for name, value in metrics.items():
+            assert float(value) == pytest.approx(logged[name], rel=1e-5), name
         loss = pair_loss(terms, kind, options).mean()
         torch.testing.assert_close(loss, theirs)
         expected, gradient = torch.autograd.grad(theirs, logits), torch.autograd.grad(loss, logits)
