@@ -74,7 +74,7 @@ class PostTrainModule(Reporting, ABC):
         self.policy: Policy | None = None
         self.bad_steps = 0
         self.loaded_counters: dict[str, Any] | None = None
-        self._loaded_step = 0
+        self._weights_step = 0
 
     @abstractmethod
     def loss(self, batch: MicroBatch, totals: Totals) -> Loss:
@@ -199,6 +199,7 @@ class PostTrainModule(Reporting, ABC):
             self._step_schedule()
         elif applied:
             raw.step()
+        raw.zero_grad(set_to_none=True)  # a copy of the network that no rollout has to find room beside
         self.sync_views()
         reduced, largest = self._reduce(metrics, extremes)
         named = {f"grad_norm/{name}": n for name, n in norms.items()} if len(norms) > 1 else {}
@@ -334,11 +335,15 @@ class PostTrainModule(Reporting, ABC):
         """Keep the counters until the policy is on its device."""
         self.require_structure(checkpoint["lit_posttrain"])
         self.loaded_counters = checkpoint["lit_posttrain"]
-        self._loaded_step = int(checkpoint["global_step"])
+        self._weights_step = int(checkpoint["global_step"])
+
+    def on_train_end(self) -> None:
+        """An evaluation that follows in the same process belongs where training ended."""
+        self._weights_step = self.trainer.global_step
 
     def step_of_weights(self) -> int:
         """The iteration that the present weights are from; outside ``fit`` Lightning's own count stays at 0."""
-        return self.trainer.global_step if self.trainer.state.fn == "fit" else self._loaded_step
+        return self.trainer.global_step if self.trainer.state.fn == "fit" else self._weights_step
 
     def seed_iteration(self) -> None:
         """Seed the global generators for this iteration and rank; a resume seeds them alike."""

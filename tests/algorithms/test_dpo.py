@@ -10,7 +10,7 @@ import pytest
 import torch
 from offline_runs import KINDS, data, fit, module, ranking, write
 from tiny import write_tiny_model
-from tiny_runs import Recorder, curve, gap, trainer, weights
+from tiny_runs import Recorder, curve, gap, scalars, trainer, weights
 from torch.nn.functional import logsigmoid
 
 from lit_posttrain.algorithms.generations import answer
@@ -278,6 +278,16 @@ def test_that_kl_is_the_mean_log_ratio_of_answers(
     expected = float((own - reference).mean())
     assert abs(expected) > 1e-2
     assert curve(tmp_path, "eval/objective/kl") == [pytest.approx(expected, rel=1e-4)]
+
+
+def test_an_evaluation_after_training_stands_where_training_ended(tiny_model: Path, tmp_path: Path) -> None:
+    run, examples = module("dpo", tiny_model), data("dpo", tiny_model, tmp_path, val_size=4, held_out_percent=40)
+    fit(run, examples, tmp_path, max_steps=3)
+    run.trainer.limit_val_batches = 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.trainer.validate(run, examples, verbose=False)
+    assert [step for step, _ in scalars(tmp_path)["eval/loss"]] == [3]
 
 
 def test_rewards_that_tie_are_not_right(computed: Any) -> None:

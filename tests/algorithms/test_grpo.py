@@ -206,3 +206,18 @@ def test_kl_in_the_reward_is_subtracted_before_the_baseline(tiny_model: Path, tm
     k3 = (torch.exp(-d) + d - 1).sum(-1)
     shaped = (torch.tensor(even([c.token_ids for c in rollout.completions])) - 0.5 * k3).view(BATCH, GROUP)
     assert torch.allclose(given.view(BATCH, GROUP), shaped - shaped.mean(1, keepdim=True), atol=1e-5)
+
+
+def test_a_rollout_finds_no_gradients(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would take a network's room beside the cache and the packed weights."""
+    found: list[int] = []
+    module = grpo(tiny_model)
+    sync = module.engine.sync
+
+    def watched(policy: Any) -> None:
+        found.append(sum(p.grad is not None for p in policy.parameters()))
+        sync(policy)
+
+    monkeypatch.setattr(module.engine, "sync", watched)
+    fit(module, prompts(tiny_model, tmp_path), tmp_path, max_steps=3)
+    assert found == [0, 0, 0]
