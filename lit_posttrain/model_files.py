@@ -1,9 +1,14 @@
 """Where a model lies: a local folder, or a hub repository fetched once; with readable errors and within seconds."""
 
+import hashlib
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# In a configuration, but not of what the network computes.
+_INCIDENTAL = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -64,3 +69,13 @@ def _download(name: str, key: str, revision: str | None) -> Path:
         raise ValueError(
             f"{key}: there is no folder {name!r}, and the hub cannot be reached to look for a repository of that name"
         ) from error
+
+
+def configuration_hash(config: Any) -> str:
+    """Of what a configuration says about how weights are used: norms, positions, end tokens; not of who wrote it.
+
+    Args:
+        config: A Hugging Face configuration.
+    """
+    said = {k: v for k, v in config.to_diff_dict().items() if k not in _INCIDENTAL and not k.startswith("_")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,7 +1,5 @@
 """The frozen reference policy that KL is measured against; never a part of the module tree."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_posttrain.beside import beside, require_fits
 from lit_posttrain.checkpoint import CheckpointError, load_artefact, save_artefact, tensor_hash
+from lit_posttrain.model_files import configuration_hash
 from lit_posttrain.policy import Policy, PolicyConfig
 from lit_posttrain.sharding import full_tensor, gather_objects, rank, reshard, shard, world_size
 from lit_posttrain.types import Sequences
 
 KEY = "model.init_args.reference"
-# In a model's configuration, but not of what it computes.
-_INCIDENTAL = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,8 +215,7 @@ def _shapes(policy: Policy) -> dict[str, torch.Size]:
 def _hash(policy: Policy) -> str:
     """Of what a network computes: its weights, adapters aside, and the configuration that says how they are used."""
     weights = tensor_hash({n: p.detach() for n, p in policy.model.named_parameters() if "lora_" not in n})
-    said = {k: v for k, v in policy.hf_config.to_dict().items() if k not in _INCIDENTAL and not k.startswith("_")}
-    return hashlib.sha256(f"{weights} {json.dumps(said, sort_keys=True, default=str)}".encode()).hexdigest()
+    return f"{weights} {configuration_hash(policy.hf_config)}"
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:

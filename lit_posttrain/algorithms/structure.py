@@ -2,13 +2,15 @@
 
 from typing import Any
 
+from lit_posttrain.model_files import configuration_hash
 from lit_posttrain.policy import Policy, causal_lm
 
 
 def size_of(network: Policy) -> str:
-    """A network's class and size, its adapters aside."""
+    """A network's class, size and configuration, its adapters aside."""
     size = sum(p.numel() for name, p in network.model.named_parameters() if "lora_" not in name)
-    return f"{type(causal_lm(network.model)).__name__} with {size:,} parameters"
+    kind, said = type(causal_lm(network.model)).__name__, configuration_hash(network.hf_config)
+    return f"{kind} with {size:,} parameters (hash of its configuration {said[:12]})"
 
 
 def structure_of(policy: Policy) -> dict[str, Any]:

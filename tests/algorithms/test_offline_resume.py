@@ -1,6 +1,8 @@
 """Learning from fixed examples that is killed anywhere goes on bit for bit."""
 
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,21 @@ def test_another_initial_model_is_refused(tiny_model: Path, tmp_path: Path) -> N
     def resumed() -> None:
         with pytest.raises(ValueError, match=r"model.init_args.reference: .*not those this run began with"):
             attempt("dpo", other, tmp_path, ignore)
+
+    assert child(resumed) == 0
+
+
+def test_the_models_folder_under_another_configuration_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """All weights are the checkpoint's; how they are used is not."""
+    assert child(lambda: attempt("sft", tiny_model, tmp_path, At("between", 3, signal.SIGTERM))) == callbacks.STOPPED
+    edited = tmp_path / "edited"
+    shutil.copytree(tiny_model, edited)
+    config = json.loads((edited / "config.json").read_text())
+    (edited / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+
+    def resumed() -> None:
+        with pytest.raises(ValueError, match=r"^model.init_args.policy.model: .*hash of its configuration"):
+            attempt("sft", edited, tmp_path, ignore)
 
     assert child(resumed) == 0
 
