@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_posttrain.data.columns import as_text, where
 from lit_posttrain.data.messages import ASSISTANT, Extras, Message, as_messages, extras_of
 from lit_posttrain.data.sources import Row
-from lit_posttrain.data.templates import TEMPLATE_ERRORS, leading_specials
+from lit_posttrain.data.templates import leading_specials, rendered
 
 Supervise = Literal["assistant", "last", "all"]
 
@@ -203,15 +203,11 @@ class Encoder:
                 "template; use a model tuned for chat (or model.init_args.policy.tokenizer), or rows of plain text"
             )
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                list(messages), extras.tools, tokenize=False, add_generation_prompt=generation, **extras.arguments
+            return rendered(
+                self.tokenizer, messages, generation=generation, tools=extras.tools, arguments=extras.arguments
             )
-        except TEMPLATE_ERRORS as error:
-            roles = ", ".join(m["role"] for m in messages)
-            raise ValueError(
-                f"{origin}: the tokenizer's chat template refuses these messages ({roles}): {error}"
-            ) from error
-        return str(rendered)
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from error
 
     def _turn_end(
         self, whole: str, start: int, messages: Sequence[Message], i: int, extras: Extras, origin: str

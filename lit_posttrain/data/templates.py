@@ -1,7 +1,8 @@
 """How a question becomes the text the model continues, and that text its token ids: once, with one BOS."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ Messages = list[dict[str, str]]
 
 KEY = "data.init_args.template"
 # A chat template is a program of the model's: whatever it trips over is about the messages it was given.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 SLOT = "{question}"
 SEPARATOR = "\n\n"
 
@@ -140,14 +141,7 @@ class Template:
                 "kind: plain, few_shot or r1_zero, or use a model tuned for chat"
             )
         messages = self._conversation(question)
-        try:
-            closed, text = (
-                str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened))
-                for opened in (False, True)
-            )
-        except TEMPLATE_ERRORS as error:
-            roles = ", ".join(m["role"] for m in messages)
-            raise ValueError(f"the tokenizer's chat template refuses these messages ({roles}): {error}") from error
+        closed, text = (rendered(tokenizer, messages, generation=opened) for opened in (False, True))
         prefill = _opened_thought(text[len(closed) :] if text.startswith(closed) else "") + self.prefill
         return Rendered(messages, text + self.prefill, prefill)
 
@@ -183,6 +177,36 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{key}: there is no readable tokenizer in {folder}: {error}") from error
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    *,
+    generation: bool,
+    tools: list[Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+) -> str:
+    """A conversation as the tokenizer's chat template writes it.
+
+    Args:
+        tokenizer: Has one.
+        messages: Role, content, and what else the template reads.
+        generation: Whether the assistant's next message is begun.
+        tools: Descriptions of tools, for templates that show them.
+        arguments: Of the template itself.
+
+    Raises:
+        ValueError: The template refuses the messages, or trips over them.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tools, tokenize=False, add_generation_prompt=generation, **(arguments or {})
+        )
+    except _ERRORS as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise ValueError(f"the tokenizer's chat template refuses these messages ({roles}): {error}") from error
+    return str(text)
 
 
 def leading_specials(tokenizer: PreTrainedTokenizerBase) -> list[int]:
