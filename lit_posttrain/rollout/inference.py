@@ -9,28 +9,29 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_posttrain.functional.products import pack, packed_product, packs
+from lit_posttrain.functional.products import pack, packed_product, packs, turned_product, turns
 
 _HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight oneDNN has reordered once, instead of at every call. Inference only.
+    """A linear layer over a copy of its weight, kept as this machine multiplies it fastest. Inference only.
 
     Args:
-        weight: ``[out, in]``, fp32 or bf16, on a CPU; the packed copy does not follow later changes.
+        weight: ``[out, in]``, fp32 or bf16, on a CPU; the copy does not follow later changes.
         bias: ``[out]`` or None.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        # Opaque to everything but the op below; neither parameter nor buffer.
-        self.weight = pack(weight)
+        self.product = turned_product if turns(weight) else packed_product
+        # Packed, it is opaque to everything but its product; neither parameter nor buffer.
+        self.weight = weight.detach().clone(memory_format=torch.contiguous_format) if turns(weight) else pack(weight)
         self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + b``."""
-        return packed_product(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
 
 
 @torch.no_grad()

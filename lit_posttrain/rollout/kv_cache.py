@@ -17,6 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from lit_posttrain.functional.products import has_avx2_alone
+
 NAME = "lit_posttrain_decode"
 # Share of the columns that a shift must free, so that it pays; otherwise the cache grows.
 SLACK = 1 / 4
@@ -150,10 +152,10 @@ def products_are_faster(x: Tensor) -> bool:
     """
     if x.device.type != "cpu":
         return False
-    capable = torch.cpu.get_capabilities()
     if x.dtype == torch.bfloat16:
+        capable = torch.cpu.get_capabilities()
         return bool(capable.get("avx512_bf16")) and not capable.get("amx_bf16")
-    return x.dtype == torch.float32 and bool(capable.get("avx2")) and not capable.get("avx512_f")
+    return x.dtype == torch.float32 and has_avx2_alone()
 
 
 class KVCache(Layout):

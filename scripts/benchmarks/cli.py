@@ -218,9 +218,7 @@ def run(args: argparse.Namespace) -> None:
         bench.results = merge(args.json, results, machine)
         say(f"{machine['gpu'] or machine['cpu']}, {args.threads} threads, {machine['dtype']}, {machine['versions']}")
         for section in sections(args):
-            bench.results[section] = {**SECTIONS[section][0](bench), "settings": bench.described()}
+            result = SECTIONS[section][0](bench)
             bench.results = merge(args.json, bench.results, found["machine"])
-            if args.json is not None:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(bench.results, indent=2) + "\n")
+            bench.record(section, result)
     say("\n" + json.dumps(bench.results, indent=2))

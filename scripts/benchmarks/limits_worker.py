@@ -123,7 +123,8 @@ class Meter:
             packed = self.seconds(
                 lambda: [ops._linear_pointwise(x, w, None, "none", [], "") for x, w in zip(inputs, own, strict=True)]
             )
-        return {"plain": plain, "packed": packed}
+        turned = self.seconds(lambda: [w @ x.t() for x, w in zip(inputs, weights, strict=True)])
+        return {"plain": plain, "packed": packed, "turned": turned}
 
     def _packs(self) -> bool:
         if self.device != "cpu" or not torch.backends.mkldnn.is_available():

@@ -23,6 +23,8 @@ AXES = {
 QUICK_BASE = {"prompt": 16, "group": 4, "completion": 16}
 QUICK_AXES = {"prompt": (16, 32, 64), "group": (4, 8, 16), "completion": (16, 32, 64)}
 QUICK_TOKENS = 1024
+# Of one micro-batch, at every point: above the longest prompt with its answers, which are not divided then.
+TOKEN_BUDGET = 2048
 WARMUPS = 2
 
 
@@ -30,25 +32,34 @@ def run(bench: Bench) -> dict[str, Any]:
     """Time of rollout and update per token along each axis at about the same number of tokens; then 1 and 2 processes.
 
     Along an axis the number of prompts is fixed, so tokens grow with it, and the exponent of time against tokens says
-    whether an iteration's cost is linear in its tokens (1) or worse.
+    whether an iteration's cost is linear in its tokens (1) or worse. FILE gets every point when it is measured.
     """
     args = bench.args
     base, axes, budget = (QUICK_BASE, QUICK_AXES, QUICK_TOKENS) if args.quick else (BASE, AXES, args.scale_tokens)
     points: dict[str, list[dict[str, Any]]] = {}
-    with Worker("ours", "ours_grpo", bench.setup(engine=args.engine), bench.env) as worker:
+    with Worker("ours", "ours_grpo", setup(bench), bench.env) as worker:
         for _ in range(WARMUPS):
             worker.request(**request(bench, base, 2))
         for axis, values in axes.items():
-            points[axis] = [point(bench, worker, {**base, axis: v}, axis, budget) for v in values]
+            points[axis] = []
+            for value in values:
+                points[axis].append(point(bench, worker, {**base, axis: value}, axis, budget))
+                bench.record("scale", {"unfinished": True, "points": points})
         two = processes(bench, worker, base, budget)
     exponents = {axis: exponent([(p["tokens"], p["seconds"]) for p in along]) for axis, along in points.items()}
     for axis, value in exponents.items():
         say(f"scale  time grows with tokens ^ {value:.2f} along the {axis} axis")
-    result = {"exponents": exponents, "points": points, "processes": two}
+    micro_batch = setup(bench)["token_budget"]
+    result = {"exponents": exponents, "points": points, "processes": two, "micro_batch_tokens": micro_batch}
     if args.json is not None:
         result["plot"] = plot(points, exponents, args.json.with_name(args.json.stem + "_scale.png"))
         say(f"scale  {result['plot']}")
     return result
+
+
+def setup(bench: Bench, **more: Any) -> dict[str, Any]:
+    """Of a worker."""
+    return bench.setup(engine=bench.args.engine, token_budget=bench.args.token_budget or TOKEN_BUDGET, **more)
 
 
 def request(bench: Bench, shape: dict[str, int], prompts: int) -> dict[str, Any]:
@@ -114,9 +125,9 @@ def processes(bench: Bench, alone: Worker, base: dict[str, int], budget: int) ->
     with ExitStack() as stack:
         team = []
         for rank in range(2):
-            setup = bench.setup(engine=bench.args.engine, rank=rank, world=2, threads=threads)
             own = {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            team.append(stack.enter_context(Worker(f"process {rank}", "ours_grpo", setup, own, wait=False)))
+            given = setup(bench, rank=rank, world=2, threads=threads)
+            team.append(stack.enter_context(Worker(f"process {rank}", "ours_grpo", given, own, wait=False)))
         for worker in team:
             worker.ready()
         for i in range(WARMUPS + 1 + bench.args.repeats):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,13 @@ class Bench:
             "new_tokens": self.args.new_tokens,
             **more,
         }
+
+    def record(self, section: str, result: dict[str, Any]) -> None:
+        """Take in a section's results, finished or so far, and write everything to FILE."""
+        self.results[section] = {**result, "settings": self.described()}
+        if self.args.json is not None:
+            self.args.json.parent.mkdir(parents=True, exist_ok=True)
+            self.args.json.write_text(json.dumps(self.results, indent=2) + "\n")
 
     def described(self) -> dict[str, Any]:
         """The settings that figures of two sections must share to be compared."""
