@@ -1,5 +1,6 @@
 """From rows to micro-batches within a token budget: how memory is bounded without touching the objective."""
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from lit_posttrain.types import MicroBatch, Sequences
 
 # Algorithms' default: a prompt and 8 completions of 128 tokens stay together, which 1,024 would split.
 TOKEN_BUDGET = 1152
+# Of the tokens of a pass: prompts that are computed again because their rows were divided. More is worth a warning.
+_MOST_AGAIN = 1 / 4
 
 
 def pad_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Sequences:
@@ -79,6 +82,7 @@ def _by_prompt(sequences: Sequences, chosen: Int[Tensor, " n"], token_budget: in
     prompts, lengths = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
     batches: list[list[int]] = [[]]
     full = 0  # tokens in the batch
+    again = total = 0
     for rows in _rows_of_prompts(sequences, chosen.tolist()).values():
         rows.sort(key=lambda r: (-lengths[r], r))
         shared = 0  # tokens of the prompt, once the batch holds it
@@ -86,10 +90,18 @@ def _by_prompt(sequences: Sequences, chosen: Int[Tensor, " n"], token_budget: in
             whole = packed_tokens(prompts[row], [lengths[row] - prompts[row]])
             if batches[-1] and full + whole - shared > token_budget:
                 batches.append([])
-                full = shared = 0
+                full = 0
+                again, shared = again + shared, 0
             full += whole - shared
+            total += whole - shared
             shared = prompts[row]
             batches[-1].append(row)
+    if again > _MOST_AGAIN * total:
+        warnings.warn(
+            f"token_budget: {token_budget} divides the answers to a prompt, and each part computes the prompt again: "
+            "more than a quarter of the tokens are such; set it above the tokens of a prompt with all its answers",
+            stacklevel=3,
+        )
     return [torch.tensor(batch) for batch in batches if batch]
 
 

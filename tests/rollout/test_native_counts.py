@@ -262,11 +262,32 @@ def test_weights_are_those_of_the_last_sync(tiny_model: Path, dtype) -> None:
         assert tokens(generate(engine, prompts)) == before
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_plain_linears_give_the_same_tokens(architecture_folder, monkeypatch, architecture: str) -> None:
+def test_turned_weights_are_those_of_the_last_sync(tiny_model: Path, monkeypatch) -> None:
+    monkeypatch.setattr(inference, "turns", lambda weight: True)
+    policy = Policy(PolicyConfig(model=str(tiny_model), compute_dtype="float32"))
+    prompts, engine = groups([3, 9], 2), synced(policy)
+    before = tokens(generate(engine, prompts))
+    with torch.no_grad():
+        for _, p in policy.trainable():
+            p.mul_(2.0).add_(0.2)
+    policy.sync()
+    assert tokens(generate(engine, prompts)) == before
+    engine.sync(policy)
+    assert tokens(generate(engine, prompts)) != before
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gemma3_text"])
+def test_turned_packed_and_plain_linears_give_the_same_tokens(
+    architecture_folder, monkeypatch, architecture: str
+) -> None:
     policy = Policy(PolicyConfig(model=str(architecture_folder(architecture)), compute_dtype="float32"))
     prompts = groups([3, 9, 1], 4)
     packed = tokens(generate(synced(policy), prompts))
+    for turned in (True, False):
+        monkeypatch.setattr(inference, "turns", lambda weight, turned=turned: turned)
+        engine = synced(policy)
+        assert engine.fallback is None
+        assert tokens(generate(engine, prompts)) == packed
     monkeypatch.setattr(inference, "packs", lambda weight: False)
     engine = synced(policy)
     assert not linears(engine.network, PackedLinear)
