@@ -127,6 +127,8 @@ def test_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "s.json"
     assert cli.main(["scale", *TINY, "--repeats", "1", "--json", str(path)]) == 0, capsys.readouterr().err
     s = json.loads(path.read_text())["scale"]
+    assert s["settings"]["token_budget"] == scale.TOKEN_BUDGET
+    assert "unfinished" not in s
     assert set(s["exponents"]) == {"prompt", "group", "completion"}
     assert all(math.isfinite(e) for e in s["exponents"].values())
     for axis, points in s["points"].items():

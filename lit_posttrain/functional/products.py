@@ -23,7 +23,7 @@ def packs(weight: Tensor) -> bool:
 def turns(weight: Tensor) -> bool:
     """Whether this machine multiplies few rows by ``weight`` faster as W x^T than by its packed form.
 
-    MKL in fp32 on a CPU with AVX2 alone, a tenth faster with 32 to 128 rows.
+    MKL in fp32 on a CPU with AVX2 alone: layers up to a tenth faster with 32 to 128 rows, a step of decoding 3%.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or len(weight) > _TURNED_OUTPUTS:
         return False

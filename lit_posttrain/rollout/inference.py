@@ -15,19 +15,20 @@ _HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
 
 
 class PackedLinear(nn.Module):
-    """A linear layer over a copy of its weight, kept as this machine multiplies it fastest. Inference only.
+    """A linear layer over a copy of its parameters, kept as this machine multiplies it fastest. Inference only.
 
     Args:
         weight: ``[out, in]``, fp32 or bf16, on a CPU; the copy does not follow later changes.
-        bias: ``[out]`` or None.
+        bias: ``[out]`` or None; copied too.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.product = turned_product if turns(weight) else packed_product
+        turned = turns(weight)
+        self.product = turned_product if turned else packed_product
         # Packed, it is opaque to everything but its product; neither parameter nor buffer.
-        self.weight = weight.detach().clone(memory_format=torch.contiguous_format) if turns(weight) else pack(weight)
-        self.bias = None if bias is None else bias.detach()
+        self.weight = weight.detach().clone(memory_format=torch.contiguous_format) if turned else pack(weight)
+        self.bias = None if bias is None else bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W^T + b``."""

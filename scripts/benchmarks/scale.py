@@ -36,6 +36,7 @@ def run(bench: Bench) -> dict[str, Any]:
     """
     args = bench.args
     base, axes, budget = (QUICK_BASE, QUICK_AXES, QUICK_TOKENS) if args.quick else (BASE, AXES, args.scale_tokens)
+    own = {"token_budget": setup(bench)["token_budget"]}
     points: dict[str, list[dict[str, Any]]] = {}
     with Worker("ours", "ours_grpo", setup(bench), bench.env) as worker:
         for _ in range(WARMUPS):
@@ -44,13 +45,12 @@ def run(bench: Bench) -> dict[str, Any]:
             points[axis] = []
             for value in values:
                 points[axis].append(point(bench, worker, {**base, axis: value}, axis, budget))
-                bench.record("scale", {"unfinished": True, "points": points})
+                bench.record("scale", {"unfinished": True, "points": points, "settings": own})
         two = processes(bench, worker, base, budget)
     exponents = {axis: exponent([(p["tokens"], p["seconds"]) for p in along]) for axis, along in points.items()}
     for axis, value in exponents.items():
         say(f"scale  time grows with tokens ^ {value:.2f} along the {axis} axis")
-    micro_batch = setup(bench)["token_budget"]
-    result = {"exponents": exponents, "points": points, "processes": two, "micro_batch_tokens": micro_batch}
+    result = {"exponents": exponents, "points": points, "processes": two, "settings": own}
     if args.json is not None:
         result["plot"] = plot(points, exponents, args.json.with_name(args.json.stem + "_scale.png"))
         say(f"scale  {result['plot']}")

@@ -74,8 +74,13 @@ class Bench:
         }
 
     def record(self, section: str, result: dict[str, Any]) -> None:
-        """Take in a section's results, finished or so far, and write everything to FILE."""
-        self.results[section] = {**result, "settings": self.described()}
+        """Take in a section's results, finished or so far, and write everything to FILE.
+
+        Args:
+            section: Its name.
+            result: Its ``settings``, if any, are those in which it differs from the others.
+        """
+        self.results[section] = {**result, "settings": self.described() | result.get("settings", {})}
         if self.args.json is not None:
             self.args.json.parent.mkdir(parents=True, exist_ok=True)
             self.args.json.write_text(json.dumps(self.results, indent=2) + "\n")

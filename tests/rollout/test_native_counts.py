@@ -276,6 +276,23 @@ def test_turned_weights_are_those_of_the_last_sync(tiny_model: Path, monkeypatch
     assert tokens(generate(engine, prompts)) != before
 
 
+@pytest.mark.parametrize("turned", [True, False])
+def test_biases_are_those_of_the_last_sync(architecture_folder, monkeypatch, turned: bool) -> None:
+    monkeypatch.setattr(inference, "turns", lambda weight: turned)
+    policy = Policy(PolicyConfig(model=str(architecture_folder("qwen2")), compute_dtype="float32"))
+    prompts, engine = groups([3, 9], 2), synced(policy)
+    before = tokens(generate(engine, prompts))
+    biases = [p for name, p in policy.trainable() if name.endswith("v_proj.bias")]
+    assert biases
+    with torch.no_grad():
+        for p in biases:
+            p.add_(torch.linspace(-3.0, 3.0, len(p)))
+    policy.sync()
+    assert tokens(generate(engine, prompts)) == before
+    engine.sync(policy)
+    assert tokens(generate(engine, prompts)) != before
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "gemma3_text"])
 def test_turned_packed_and_plain_linears_give_the_same_tokens(
     architecture_folder, monkeypatch, architecture: str
