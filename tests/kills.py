@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from events import await_later_name
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tiny_runs import scalars, trainer
@@ -67,6 +68,7 @@ def start(build: Callable[[], tuple[Any, Any]], folder: Path, tick: Tick, steps:
 
     callbacks.save_state = saving
     found = newest_checkpoint(folder / "version_0", report=lambda m: pytest.fail(m))
+    await_later_name(folder / "version_0")
     logger = TensorBoardLogger(folder, name="", version=0, purge_step=found.step + 1 if found else 1)
     run = trainer(folder, Between(tick), CheckpointEvery(1, keep_last=2), logger=logger, max_steps=steps)
     module, data = build()

@@ -21,6 +21,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from events import await_later_name
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,6 +35,7 @@ from lit_posttrain.position import position
 from lit_posttrain.progress import PhaseProgressBar
 from lit_posttrain.randomness import permutation, seed_step
 from lit_posttrain.sharding import ShardedStrategy, prime, shard
+
 
 EXAMPLES, BATCH, UPDATES, EVERY = 13, 3, 3, 2
 BATCHES_PER_EPOCH = EXAMPLES // BATCH
@@ -171,6 +173,7 @@ class Ticking(Callback):
 
 
 def build(folder: Path, tick: Tick, loader: Checkpoint | None, **options: Any) -> tuple[pl.Trainer, Tiny]:
+    await_later_name(folder / "version_0")
     logger = TensorBoardLogger(folder, name="", version=0, purge_step=loader.step + 1 if loader else 1)
     every = options.pop("every", EVERY)
     trainer = pl.Trainer(
@@ -328,6 +331,14 @@ def test_killed_at_every_hook(
     assert attempts > 40
     assert child(lambda: fit(tmp_path, ignore, **SCHEDULES[schedule])) == 0
     assert outcome(tmp_path) == undisturbed[schedule]
+
+
+def test_attempts_within_a_second_are_read_in_the_order_of_time(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    (tmp_path / f"events.out.tfevents.{int(time.time()):010d}.{host}.99999999.0").touch()
+    await_later_name(tmp_path)
+    newest = max(path.name for path in tmp_path.iterdir())
+    assert f"events.out.tfevents.{int(time.time()):010d}.{host}.{os.getpid()}.0" > newest
 
 
 @pytest.mark.parametrize("seed", range(3))
