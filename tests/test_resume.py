@@ -36,7 +36,6 @@ from lit_posttrain.progress import PhaseProgressBar
 from lit_posttrain.randomness import permutation, seed_step
 from lit_posttrain.sharding import ShardedStrategy, prime, shard
 
-
 EXAMPLES, BATCH, UPDATES, EVERY = 13, 3, 3, 2
 BATCHES_PER_EPOCH = EXAMPLES // BATCH
 Tick = Callable[[str, int], None]
