@@ -15,7 +15,8 @@ def keep_freed_memory() -> bool:
     process; what it uses at its peak grows by fragmentation only.
 
     Returns:
-        False where the C library is not glibc, or an allocator that is preloaded over it takes no such settings.
+        False where the C library is not glibc, or the settings were refused. An allocator that is preloaded over glibc
+        may accept them and do as it always does (tcmalloc).
     """
     if platform.libc_ver()[0] != "glibc":
         return False

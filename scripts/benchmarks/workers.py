@@ -48,8 +48,9 @@ def allocator_environment(allocator: str) -> dict[str, str]:
 
 
 def environment(threads: int, allocator: str) -> dict[str, str]:
-    """The environment of every worker, ours and a peer's alike."""
-    inherited = {k: v for k, v in os.environ.items() if k not in KEEP_FREED_MEMORY}
+    """The environment of every worker, ours and a peer's alike: the allocator is the one that the JSON names."""
+    of_allocators = {*KEEP_FREED_MEMORY, "LD_PRELOAD", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE"}
+    inherited = {k: v for k, v in os.environ.items() if k not in of_allocators}
     path = os.pathsep.join(filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")]))
     return {
         **inherited,
