@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from events import await_later_name
+from events import logger_from
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from tiny_runs import scalars, trainer
 
 from lit_posttrain import callbacks
@@ -68,8 +67,7 @@ def start(build: Callable[[], tuple[Any, Any]], folder: Path, tick: Tick, steps:
 
     callbacks.save_state = saving
     found = newest_checkpoint(folder / "version_0", report=lambda m: pytest.fail(m))
-    await_later_name(folder / "version_0")
-    logger = TensorBoardLogger(folder, name="", version=0, purge_step=found.step + 1 if found else 1)
+    logger = logger_from(folder, found)
     run = trainer(folder, Between(tick), CheckpointEvery(1, keep_last=2), logger=logger, max_steps=steps)
     module, data = build()
     run.fit(module, data, ckpt_path=found and found.state)

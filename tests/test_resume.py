@@ -21,9 +21,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from events import await_later_name
+from events import await_later_name, logger_from
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -172,12 +171,10 @@ class Ticking(Callback):
 
 
 def build(folder: Path, tick: Tick, loader: Checkpoint | None, **options: Any) -> tuple[pl.Trainer, Tiny]:
-    await_later_name(folder / "version_0")
-    logger = TensorBoardLogger(folder, name="", version=0, purge_step=loader.step + 1 if loader else 1)
     every = options.pop("every", EVERY)
     trainer = pl.Trainer(
         accelerator="cpu",
-        logger=logger,
+        logger=logger_from(folder, loader),
         callbacks=[Ticking(tick), CheckpointEvery(every, keep_last=2), PhaseProgressBar()],
         enable_model_summary=False,
         log_every_n_steps=1,
