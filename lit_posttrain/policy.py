@@ -19,6 +19,7 @@ from lit_posttrain.blocks import compile_layers, recompute_elementwise
 from lit_posttrain.functional.log_probs import TokenLogProbs
 from lit_posttrain.model_files import model_folder
 from lit_posttrain.precision import ComputeDtype, ComputeView, resolve_dtype
+from lit_posttrain.stash import Stash
 from lit_posttrain.types import Sequences
 
 
@@ -49,8 +50,8 @@ class PolicyConfig:
         lora: Train low-rank adapters instead of all weights.
         gradient_checkpointing: Recompute each block's activations in backward: less memory, about a fifth slower.
         recompute_elementwise: Keep no activations that are cheap to compute again in backward (norms, what stands
-            between an MLP's products): the same numbers, less memory, a little slower. Null does so on CPUs. Blocks
-            that are recomputed as a whole, or compiled, go without.
+            between an MLP's products): the same numbers, less memory, a little slower. Null does so on CPUs, where
+            what is kept also lies side by side. Blocks that are recomputed as a whole, or compiled, go without.
         compile_layers: Compile each decoder layer for scoring and training (``torch.compile``): the first step then
             takes longer; whether later ones are faster depends on the machine. On a CPU it needs a C++ compiler.
         revision: Commit, branch or tag of a hub model.
@@ -141,6 +142,7 @@ class Policy(nn.Module):
                 network.enable_input_require_grads()
         self.view: ComputeView | None = None  # not a module: out of state_dict
         self.compute_dtype: torch.dtype | None = None
+        self.stash: Stash | None = None
 
     def load(self, config: PolicyConfig) -> PreTrainedModel:
         """The HF network, seen to be one that can be sampled and scored."""
@@ -158,11 +160,13 @@ class Policy(nn.Module):
             return
         wanted = self.config.recompute_elementwise
         if (device.type == "cpu" if wanted is None else wanted) and not self.config.gradient_checkpointing:
-            recompute_elementwise(causal_lm(self.view.module))
+            self.stash = recompute_elementwise(causal_lm(self.view.module).base_model)
 
     def sync(self) -> None:
         """Re-make the compute view; call after every change of the parameters."""
         self._view().sync()
+        if self.stash is not None:
+            self.stash.release()
 
     def forward(
         self,

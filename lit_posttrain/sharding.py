@@ -168,6 +168,13 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     return taken
 
 
+def make_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """A gradient of zeros for each that has none."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+
+
 def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
     """Add gradients that were taken away."""
     for p, gradient in zip(parameters, gradients, strict=True):

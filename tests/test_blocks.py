@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_posttrain import blocks
+from lit_posttrain import blocks, stash
 from lit_posttrain.batching import pad_sequences
 from lit_posttrain.policy import LoraConfig, Policy, PolicyConfig
 
@@ -45,7 +45,10 @@ def learned(of: Policy) -> tuple[dict[str, torch.Tensor], Counter[str]]:
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=2, alpha=4)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "phi3"])
-def test_the_same_to_the_last_bit(architecture_folder: Any, architecture: str, dtype: str, lora: Any) -> None:
+def test_the_same_to_the_last_bit(
+    architecture_folder: Any, architecture: str, dtype: str, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stash, "_SMALL", 0)
     folder = architecture_folder(architecture)
     results = []
     for lean_ in (False, True):
@@ -56,16 +59,20 @@ def test_the_same_to_the_last_bit(architecture_folder: Any, architecture: str, d
         assert torch.equal(value, results[1][name]), name
 
 
-def test_what_is_cheap_runs_again_and_products_do_not(tiny_model: Path) -> None:
+def test_what_is_cheap_runs_again_and_products_do_not(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = policy(tiny_model)
     _, again = learned(one)
     _, kept = learned(policy(tiny_model, recompute_elementwise=False))
     layers = one.hf_config.num_hidden_layers
     assert (kept["silu"], again["silu"]) == (0, layers)
     assert kept["rsqrt"] == 0
-    assert again["rsqrt"] == 2 * layers + 1  # the norm before attention, that before the MLP, and the last
+    norms = 2 * layers + 1  # before attention, before the MLP, and the last
+    assert again["rsqrt"] == norms
     for product in ("mm", "addmm", "bmm"):
         assert again[product] == kept[product], product
+    monkeypatch.setattr(stash, "_SMALL", 0)
+    _, again = learned(one)
+    assert again["rsqrt"] == 2 * norms - 1  # also for what follows a norm and keeps no copy of it; after the last none
 
 
 def test_sampling_goes_past_it(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +80,7 @@ def test_sampling_goes_past_it(tiny_model: Path, monkeypatch: pytest.MonkeyPatch
         raise AssertionError("nothing is learned here")
 
     one, sequences = policy(tiny_model), pad_sequences(*ROWS)
-    monkeypatch.setattr(blocks, "checkpoint", refuse)
+    monkeypatch.setattr(blocks, "_checkpoint", refuse)
     with torch.no_grad():
         one(sequences, sequences.completion_mask(), 1.0)
     with pytest.raises(AssertionError, match="nothing is learned"):
@@ -97,4 +104,4 @@ def test_it_is_done_once(tiny_model: Path) -> None:
     first = [vars(m)["forward"] for m in one.model.modules() if "forward" in vars(m)]
     one.build_view(torch.device("cpu"), sharded=False)
     assert [vars(m)["forward"] for m in one.model.modules() if "forward" in vars(m)] == first
-    assert len(first) == 3 * one.hf_config.num_hidden_layers + 1
+    assert len(first) == 3 * one.hf_config.num_hidden_layers + 2  # two norms and an MLP; the last norm, the decoder

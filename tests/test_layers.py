@@ -16,6 +16,7 @@ LAYERS = [
     ["attention"],
     ["precision"],
     ["sharding", "schedules"],
+    ["stash"],
     ["blocks"],
     ["dropout"],
     ["model_files"],

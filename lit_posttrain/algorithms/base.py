@@ -25,6 +25,7 @@ from lit_posttrain.sharding import (
     all_reduce_sum,
     average_gradients,
     full_tensor,
+    make_gradients,
     prime,
     same_number,
     shard,
@@ -165,15 +166,16 @@ class PostTrainModule(Reporting, ABC):
         assert not isinstance(wrapper, list)
         raw = wrapper.optimizer
         raw.zero_grad(set_to_none=True)
-        groups, resting = [], []
-        for group in raw.param_groups:
-            (resting if group.get("name", "policy") in still else groups).append(group)
+        groups = [group for group in raw.param_groups if group.get("name", "policy") not in still]
+        resting = [group for group in raw.param_groups if group.get("name", "policy") in still]
         parameters = [p for group in groups for p in group["params"]]
         metrics: dict[str, Tensor] = {}
         extremes: dict[str, Tensor] = {}
         apart: dict[str, float] = {}
         for stream in streams:
             held = take_gradients(parameters)
+            if len(stream.micro_batches) > 1:
+                make_gradients(parameters)  # side by side, not between the temporaries of the first backward
             self._accumulate(stream, metrics, extremes)
             if stream.done is not None:
                 stream.done()
@@ -185,9 +187,7 @@ class PostTrainModule(Reporting, ABC):
             add_gradients(parameters, held)
         for p in (p for group in resting for p in group["params"]):
             p.grad = None  # a shared network's losses reach it too
-        for p in parameters:
-            # Left-out answers have a gradient of exactly zero, and momentum must see it.
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        make_gradients(parameters)  # left-out answers have a gradient of exactly zero, and momentum must see it
         norms = self._clip(groups)
         norm = sum(n**2 for n in norms.values()) ** 0.5 if len(norms) > 1 else next(iter(norms.values()))
         applied = norm == norm and norm != float("inf")

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_posttrain.functional.products import add_widened_, pack, packed_product, packs
+from lit_posttrain.functional.products import add_widened_, has_avx2_alone, pack, packed_product, packs
 
 # Bytes of logits that exist at one time. The products gain from many positions at once, and the fp32 sum of the
 # weight's gradient is touched once a chunk.
@@ -20,8 +20,9 @@ CHUNK_BYTES = 2**26
 CPU_PRODUCT_ELEMENTS = 2**23
 # and the passes of the softmax where the cache holds what they read.
 CPU_CACHE_ELEMENTS = 2**20
-# From this many positions on, a product is worth the time it takes to reorder the weight.
-PACKED_FROM = 256
+# From this many positions on, a product is worth the time it takes to reorder the weight: where bf16 or wide vectors
+# multiply, and in fp32 on a CPU with AVX2 alone (there 560 positions gain nothing and 1,076 an eighth).
+PACKED_FROM, PACKED_FROM_AVX2 = 256, 1024
 
 
 class TokenLogProbs(NamedTuple):
@@ -82,7 +83,9 @@ class _Product:
     def __init__(self, weight: Float[Tensor, "v d"], states: Float[Tensor, "n d"], kept: Tensor | None = None):
         self.weight, self.states, self.kept = weight, states, kept
         ahead = len(states) - (0 if kept is None else len(kept))
-        self.packed = pack(weight) if ahead >= PACKED_FROM and packs(weight) else None
+        plain = weight.dtype == torch.float32 and has_avx2_alone()
+        worth_it = ahead >= (PACKED_FROM_AVX2 if plain else PACKED_FROM)
+        self.packed = pack(weight) if worth_it and packs(weight) else None
 
     def __call__(self, where: slice) -> Float[Tensor, "n v"]:
         if self.kept is not None and where.stop <= len(self.kept):
