@@ -148,8 +148,8 @@ def test_what_is_gone_frees_no_place_of_others() -> None:
         kept = [one.keep(torch.full((64,), float(i))) for i in range(3)]
         one._known = {}  # nothing but what is kept
         del kept[0]
-        kept.append(one.keep(torch.full((64,), 3.0)))
-    assert [taken(k)[0].item() for k in kept] == [1, 2, 3]
+        kept += [one.keep(torch.full((64,), float(i))) for i in (3, 4)]
+    assert [taken(k)[0].item() for k in kept] == [1, 2, 3, 4]
 
 
 def test_a_graph_that_is_dropped_leaves_nothing() -> None:
