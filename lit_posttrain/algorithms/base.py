@@ -174,7 +174,7 @@ class PostTrainModule(Reporting, ABC):
         apart: dict[str, float] = {}
         for stream in streams:
             held = take_gradients(parameters)
-            if len(stream.micro_batches) > 1:
+            if len(stream.micro_batches) > 1 and world_size() == 1:  # ranks must agree on which gradients there are
                 make_gradients(parameters)  # side by side, not between the temporaries of the first backward
             self._accumulate(stream, metrics, extremes)
             if stream.done is not None:
