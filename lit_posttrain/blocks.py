@@ -60,7 +60,7 @@ def _norm(forward: Callable[..., Any], stash: Stash, *arguments: Any, **named: A
     if not torch.is_grad_enabled():
         return forward(*arguments, **named)
     out = _checkpoint(forward, *arguments, **named)
-    if len(arguments) == 1 and not named:
+    if len(arguments) == 1 and not named and isinstance(out, Tensor):
         stash.remake(out, _Again(forward, stash.keep(arguments[0])).numbers)
     return out
 
@@ -100,7 +100,8 @@ class _Keeping(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if _is_kept(func, args):
-            self.products.append(self.stash.keep(out))
+            # Detached: autograd makes of the tensor itself the result, whose graph holds these products.
+            self.products.append(self.stash.keep(out.detach()))
         return out
 
 

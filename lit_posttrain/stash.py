@@ -60,8 +60,8 @@ class Stash:
         return _Kept(places[key], x.size(), x.stride() if dense else None)
 
     def remake(self, x: Tensor, make: Callable[[], Tensor]) -> None:
-        """Keep no copy of a contiguous ``x`` but ``make``, which gives its numbers again, in order."""
-        if self._open and not _stays(x):
+        """Keep no copy of ``x``, if it is contiguous, but ``make``, which gives its numbers again, in order."""
+        if self._open and x.is_contiguous() and not _stays(x):
             self._places(x)[_key(x, dense=True)] = make
 
     def release(self) -> None:

@@ -114,6 +114,14 @@ def test_what_can_be_made_again_is_not_copied() -> None:
     assert asked == [1]
 
 
+def test_what_is_not_contiguous_is_copied() -> None:
+    one, x = Stash(), torch.arange(6.0).view(2, 3).t()
+    with one.keeping():
+        one.remake(x, lambda: torch.zeros(6))
+        kept = one.keep(x)
+    assert torch.equal(taken(kept), x)
+
+
 def test_nothing_is_kept_outside() -> None:
     one, x = Stash(), torch.randn(6)
     assert one.keep(x) is x
