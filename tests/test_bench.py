@@ -211,6 +211,15 @@ def test_a_worker_that_dies_is_shown(tmp_path: Path, monkeypatch: Any, capsys: p
     assert "  | no module named anything" in error
 
 
+@pytest.mark.parametrize("death", ["kill -9 $$", "echo 'torch.OutOfMemoryError: CUDA out of memory' >&2; exit 1"])
+def test_a_worker_without_memory_is_told_apart(death: str, tmp_path: Path) -> None:
+    peer = tmp_path / "python"
+    peer.write_text(f"#!/bin/sh\nread request\n{death}\n")
+    peer.chmod(0o755)
+    with pytest.raises(workers.OutOfMemory, match="'trl' ended with status"):
+        workers.Worker("trl", "peer_trl", {}, workers.environment(1, "default"), str(peer))
+
+
 def test_a_missing_allocator_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "TCMALLOC", ("libnone.so.1",))
     with pytest.raises(workers.BenchError, match="libtcmalloc-minimal4"):
@@ -248,22 +257,27 @@ def test_the_fastest_micro_batch_is_kept_and_the_others_end(monkeypatch: pytest.
             started.append(self)
 
         def request(self) -> dict[str, Any]:
+            if self.size not in seconds:
+                raise workers.OutOfMemory("killed")
             return {"tokens": 10, "seconds": seconds[self.size], "peak_bytes": 1}
 
         def close(self) -> None:
             self.open = False
 
     monkeypatch.setattr(grpo, "Worker", Fake)
-    args = SimpleNamespace(prompts=4, samples=4, micro_batches=[4, 8, 16, 3])
+    args = SimpleNamespace(prompts=4, samples=4, micro_batches=[4, 8, 1, 16, 3])
     bench: Any = SimpleNamespace(args=args, dtype="float32", env={}, peer_python=None)
     bench.setup, bench.prompts = lambda **more: more, lambda kind: []
     tried: dict[str, Any] = {}
     best: Any = grpo.best_peer(bench, "ragged", False, tried)
     assert (best.size, best.open) == (8, True)
-    assert [fake.open for fake in started] == [False, True, False]
+    assert [fake.open for fake in started] == [False, True, False, False]
     assert tried == {"trl fp32, ragged": {"4": 10 / 3, "8": 10.0, "16": 5.0}}
     args.micro_batches = [3]
     with pytest.raises(workers.BenchError, match=r"none of .* divides .* = 16"):
+        grpo.best_peer(bench, "ragged", False, tried)
+    args.micro_batches = [2]
+    with pytest.raises(workers.OutOfMemory, match=r"no memory for any of \[2\]"):
         grpo.best_peer(bench, "ragged", False, tried)
 
 

@@ -285,7 +285,7 @@ def test_the_fastest_layout_is_found_and_each_is_alone(monkeypatch: pytest.Monke
         name = "trl fp32"
 
         def __init__(self, layout: dict[str, Any]):
-            self.times = list(seconds[layout["rows_at_once"]])
+            self.times = list(seconds.get(layout["rows_at_once"], []))
 
         def __enter__(self) -> "Fake":
             assert not open_now
@@ -299,15 +299,20 @@ def test_the_fastest_layout_is_found_and_each_is_alone(monkeypatch: pytest.Monke
             asked.append(self)
 
         def request(self) -> dict[str, Any]:
+            if not self.times:
+                raise workers.OutOfMemory("killed")
             return {"seconds": self.times.pop(0), "peak_bytes": 1}
 
     monkeypatch.setattr(offline, "start_peer", lambda bench, task, comparison, layout: Fake(layout))
     tried: dict[str, Any] = {}
     examples = [{"prompt": [1] * 5, "completions": [[1]]}] * 10
-    best = offline.best_layout(bench(examples, [4, 8]), "sft", offline.Comparison("sft"), tried)
+    best = offline.best_layout(bench(examples, [4, 6, 8]), "sft", offline.Comparison("sft"), tried)
     assert best == {"rows_at_once": 4, "packed": False}  # the last warm-up decides, not the first
     assert tried == {"trl fp32, sft": {"4": 30.0, "8": 20.0, "packed": 12.0}}
-    assert len(asked) == 3
+    assert len(asked) == 4
+    del seconds[1]
+    with pytest.raises(workers.OutOfMemory, match="no memory for any of"):
+        offline.best_layout(bench(examples, [6, 7]), "sft", offline.Comparison("sft"), tried)
 
 
 def test_comparisons_of_other_sections_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

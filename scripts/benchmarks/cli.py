@@ -72,8 +72,8 @@ def parser() -> argparse.ArgumentParser:
     cli.add_argument(
         "--micro_batches",
         type=positives,
-        default=[8, 16, 32],
-        help="sizes in sequences that the peer may choose from, by commas",
+        default=[4, 8, 16, 32],
+        help="sizes in sequences that the peer may choose from, by commas; one without memory for it is left out",
     )
     known = "; ".join(f"{section}: {', '.join(names)}" for section, names in COMPARISONS.items())
     cli.add_argument(

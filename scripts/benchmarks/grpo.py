@@ -6,7 +6,7 @@ from typing import Any
 
 from .rows import Rows, median, say
 from .settings import Bench
-from .workers import BenchError, Worker, interleaved
+from .workers import BenchError, OutOfMemory, Worker, interleaved
 
 OURS = "ours"
 # Gates look closely at the first two iterations, which then cost more.
@@ -76,6 +76,10 @@ def best_peer(bench: Bench, kind: str, bf16: bool, tried: dict[str, Any]) -> Wor
             worker = Worker(name, "peer_trl", setup, bench.env, bench.peer_python)
             try:
                 answer = worker.request()
+            except OutOfMemory:
+                worker.close()
+                say(f"grpo select   {kind:8s} {name:22s} micro-batch {size:3d}: out of memory")
+                continue
             except BaseException:
                 worker.close()
                 raise
@@ -95,7 +99,8 @@ def best_peer(bench: Bench, kind: str, bf16: bool, tried: dict[str, Any]) -> Wor
         if best is not None:
             best[1].close()
         raise
-    assert best is not None
+    if best is None:
+        raise OutOfMemory(f"--micro_batches: {name} has no memory for any of {sizes}")
     return best[1]
 
 

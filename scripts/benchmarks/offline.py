@@ -10,7 +10,7 @@ from . import offline_data as data
 from .grpo import OURS, memory, trl_name
 from .rows import Rows, say
 from .settings import Bench
-from .workers import BenchError, Worker, interleaved
+from .workers import BenchError, OutOfMemory, Worker, interleaved
 
 # Gates look closely at the first two steps, which then cost more; the peer makes as many, so that steps correspond.
 WARMUPS = 2
@@ -132,13 +132,18 @@ def best_layout(bench: Bench, task: str, comparison: Comparison, tried: dict[str
     useful = data.useful_tokens(bench.found["offline"]["examples"][comparison.data])
     for name, layout in candidates.items():
         with start_peer(bench, task, comparison, layout) as worker:
-            worker.ready()
-            answer = warm_up(worker)[-1]
+            what = f"{task} select   {comparison.data:8s} {worker.name:22s} micro-batch {name:6s}: "
+            try:
+                worker.ready()
+                answer = warm_up(worker)[-1]
+            except OutOfMemory:
+                say(f"{what}out of memory")
+                continue
             rates[name] = useful / answer["seconds"]
-            say(
-                f"{task} select   {comparison.data:8s} {worker.name:22s} micro-batch {name:6s}: "
-                f"{answer['seconds']:8.3f} s {rates[name]:10.1f} tok/s  peak {answer['peak_bytes'] / 2**30:5.2f} GiB"
-            )
+            peak = answer["peak_bytes"] / 2**30
+            say(f"{what}{answer['seconds']:8.3f} s {rates[name]:10.1f} tok/s  peak {peak:5.2f} GiB")
+    if not rates:
+        raise OutOfMemory(f"--micro_batches: TRL has no memory for any of {list(candidates)}")
     key = f"{trl_name(bench, comparison.bf16)}, {comparison.data}{', cached' if comparison.cached else ''}"
     tried[key] = rates
     return candidates[max(rates, key=lambda name: rates[name])]

@@ -7,7 +7,7 @@ from typing import Any
 from .grpo import OURS, WARMUPS, memory, trl_name
 from .rows import Rows, say
 from .settings import Bench
-from .workers import ROOT, BenchError, Worker, interleaved
+from .workers import ROOT, BenchError, OutOfMemory, Worker, interleaved
 
 OUR_GRPO = "ours grpo"
 # Beside GRPO: fixed length, a checksum as reward, no KL. Beside TRL: a reward model, a reference, one answer a prompt.
@@ -95,14 +95,20 @@ def best_peer(bench: Bench, bf16: bool, shared: dict[str, Any], tried: dict[str,
         return Worker(name, "peer_ppo", setup, bench.env, bench.peer_python)
 
     for size in sizes if len(sizes) > 1 else []:
-        with start(size) as worker:
-            answer = worker.request()
+        try:
+            with start(size) as worker:
+                answer = worker.request()
+        except OutOfMemory:
+            say(f"ppo select    {name:22s} micro-batch {size:3d}: out of memory")
+            continue
         rates[str(size)] = answer["tokens"] / answer["seconds"]
         say(
             f"ppo select    {name:22s} micro-batch {size:3d}: {answer['seconds']:8.3f} s {answer['tokens']:7d} tok "
             f"{rates[str(size)]:10.1f} tok/s  peak {answer['peak_bytes'] / 2**30:5.2f} GiB"
         )
     tried[name] = rates
+    if len(sizes) > 1 and not rates:
+        raise OutOfMemory(f"--micro_batches: {name} has no memory for any of {sizes}")
     best = start(int(max(rates, key=lambda size: rates[size])) if rates else sizes[0])
     try:
         best.request()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,16 @@ ROOT = SCRIPTS.parent
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 TCMALLOC = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 SHOWN_LINES = 25
+# What a process writes when it is refused memory; the kernel kills one without a word.
+_NO_MEMORY = ("OutOfMemoryError", "can't allocate memory", "MemoryError", "std::bad_alloc")
 
 
 class BenchError(Exception):
     """Something the user can read and mend; ends the run with status 1."""
+
+
+class OutOfMemory(BenchError):
+    """A worker died for want of memory: a peer's setting that this machine cannot run is left out."""
 
 
 def allocator_environment(allocator: str) -> dict[str, str]:
@@ -144,7 +151,9 @@ class Worker:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").splitlines()[-SHOWN_LINES:]
         tail = "\n".join(f"  | {line}" for line in lines)
-        raise BenchError(f"the worker {self.name!r} ended with status {status}; the end of its stderr:\n{tail}")
+        short = status == -signal.SIGKILL or any(sign in line for line in lines for sign in _NO_MEMORY)
+        kind = OutOfMemory if short else BenchError
+        raise kind(f"the worker {self.name!r} ended with status {status}; the end of its stderr:\n{tail}")
 
     def close(self) -> None:
         """End the process: it has nothing to save, and its trainer would go on for ever."""
