@@ -59,6 +59,13 @@ def shared_prompt_attention(
         raise ValueError(f"{type(module).__name__} hands over one of {_UNSUPPORTED}, which packed rows do not know")
     if window is not None and any(g.prompt + max(g.completions, default=0) > window for g in layout.groups):
         raise ValueError(f"{type(module).__name__} has a sliding window of {window} tokens, shorter than a sequence")
+    if layout.keys is not None:
+        layout.keys[module] = key, value
+    if (absent := layout.absent) is not None:
+        keys, values = zip(*(keys[module] for keys in absent.keys), strict=True)
+        # Nobody reads what an absent prompt's queries would give.
+        unread = [query.new_zeros(1, query.shape[1], n, query.shape[3]) for n in absent.lengths]
+        query, key, value = (absent.filled(x, ps, 2) for x, ps in ((query, unread), (key, keys), (value, values)))
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     # The flash kernels want one head size; zeros change neither a score nor an output.
     own, size = value.shape[-1], max(query.shape[-1], value.shape[-1])
@@ -69,6 +76,8 @@ def shared_prompt_attention(
         out = varlen(query, key, value, layout.ragged, scale)
     else:
         out = by_group(query, key, value, layout.groups, scale)
+    if absent is not None:
+        out = absent.without(out, 1)
     return out if own == size else out[..., :own].contiguous(), None
 
 

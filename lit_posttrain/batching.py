@@ -1,6 +1,5 @@
 """From rows to micro-batches within a token budget: how memory is bounded without touching the objective."""
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,8 +11,6 @@ from lit_posttrain.types import MicroBatch, Sequences
 
 # Algorithms' default: a prompt and 8 completions of 128 tokens stay together, which 1,024 would split.
 TOKEN_BUDGET = 1152
-# Of the tokens of a pass: prompts that are computed again because their rows were divided. More is worth a warning.
-_MOST_AGAIN = 1 / 4
 
 
 def pad_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Sequences:
@@ -69,7 +66,7 @@ def split(
     return [take(sequences, mask, columns, index) for index in batches]
 
 
-def _rows_of_prompts(sequences: Sequences, rows: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
+def rows_of_prompts(sequences: Sequences, rows: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
     """Rows by the prompt they begin with."""
     prompts = sequences.prompt_lengths.tolist()
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -82,26 +79,17 @@ def _by_prompt(sequences: Sequences, chosen: Int[Tensor, " n"], token_budget: in
     prompts, lengths = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
     batches: list[list[int]] = [[]]
     full = 0  # tokens in the batch
-    again = total = 0
-    for rows in _rows_of_prompts(sequences, chosen.tolist()).values():
+    for rows in rows_of_prompts(sequences, chosen.tolist()).values():
         rows.sort(key=lambda r: (-lengths[r], r))
         shared = 0  # tokens of the prompt, once the batch holds it
         for row in rows:
             whole = packed_tokens(prompts[row], [lengths[row] - prompts[row]])
             if batches[-1] and full + whole - shared > token_budget:
                 batches.append([])
-                full = 0
-                again, shared = again + shared, 0
+                full = shared = 0
             full += whole - shared
-            total += whole - shared
             shared = prompts[row]
             batches[-1].append(row)
-    if again > _MOST_AGAIN * total:
-        warnings.warn(
-            f"token_budget: {token_budget} divides the answers to a prompt, and each part computes the prompt again: "
-            "more than a quarter of the tokens are such; set it above the tokens of a prompt with all its answers",
-            stacklevel=3,
-        )
     return [torch.tensor(batch) for batch in batches if batch]
 
 
@@ -122,7 +110,7 @@ def _whole_units(
     def tokens(rows: list[int]) -> int:
         if not packed:
             return len(rows) * max(lengths[r] for r in rows)
-        prompts = _rows_of_prompts(sequences, rows)
+        prompts = rows_of_prompts(sequences, rows)
         return sum(packed_tokens(len(p), [lengths[r] - len(p) for r in own]) for p, own in prompts.items())
 
     batches: list[list[int]] = [[]]
@@ -219,7 +207,7 @@ def pack(sequences: Sequences, *, last: bool = False) -> PackedRow:
     left_out = 0 if last else 1
     ids, positions, groups, start = [], [], [], 0
     states = torch.zeros(len(lengths), sequences.ids.shape[1], dtype=torch.long)
-    for prompt, rows in _rows_of_prompts(sequences, range(len(lengths))).items():
+    for prompt, rows in rows_of_prompts(sequences, range(len(lengths))).items():
         p, first = len(prompt), start + len(prompt)
         ids.append(sequences.ids[rows[0], :p])
         positions.append(torch.arange(p))

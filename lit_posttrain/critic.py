@@ -81,7 +81,9 @@ class ValuePolicy(Policy):
         """As :meth:`Policy.forward`, and V of the state that each masked token was drawn in; fp32, 0 elsewhere."""
         network = causal_lm(self._view().module)
         packed = self.packs(int(sequences.lengths.max()))
-        states, scored = scoring.states_and_log_probs(network, sequences, mask, temperature, packed=packed, **arguments)
+        states, scored = scoring.states_and_log_probs(
+            network, sequences, mask, temperature, packed=packed, read=self.kept.read, **arguments
+        )
         head = self.value_head
         values = head(states.to(head.weight.dtype))[:, 0].float()
         return scored, values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -1,4 +1,4 @@
-"""Residual dropout for any architecture: on what attention and feed-forward add to the residual stream."""
+"""No dropout at all, or residual dropout for any architecture: on what attention and feed-forward add to the stream."""
 
 from typing import Any
 
@@ -36,6 +36,16 @@ def add_residual_dropout(network: PreTrainedModel, p: float) -> None:
         )
     for branch in branches:
         branch.register_forward_hook(hook)
+
+
+def disable_dropout(network: nn.Module) -> None:
+    """Set every dropout probability to 0, those that functions read from attributes included (layer drop too)."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or name == "jitter_noise"):
+                setattr(module, name, 0.0)
 
 
 class _Dropout:

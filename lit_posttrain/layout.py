@@ -1,10 +1,11 @@
 """Where the stretches of a packed row lie, in the form that each kind of attention reads: built once for all layers."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_posttrain.batching import Group
 
@@ -54,6 +55,39 @@ class Ragged(NamedTuple):
     most_keys: int
 
 
+# Of each attention layer: what it was given as keys and values, ``[1, key heads, n, d]``.
+Keys = dict[nn.Module, tuple[Tensor, Tensor]]
+
+
+class Absent:
+    """Prompts that do not go through the network with their row, since their keys and values are known.
+
+    Args:
+        places: Where in the row each would begin, and its tokens; in order.
+        tokens: Of the whole row.
+        keys: Of each, by layer.
+    """
+
+    def __init__(self, places: list[tuple[int, int]], tokens: int, keys: list[Keys]):
+        self.keys, self.lengths = keys, [length for _, length in places]
+        self._sizes, end = [], 0
+        for start, length in places:
+            self._sizes += [start - end, length]
+            end = start + length
+        self._sizes.append(tokens - end)
+
+    def without(self, row: Tensor, dim: int) -> Tensor:
+        """What goes through the network of something as long as the whole row."""
+        return torch.cat(row.split(self._sizes, dim)[::2], dim)
+
+    def filled(self, rest: Tensor, prompts: Sequence[Tensor], dim: int) -> Tensor:
+        """The way back, with something for each absent prompt in its place."""
+        parts = list(rest.split(self._sizes[::2], dim))
+        for i, prompt in enumerate(prompts):
+            parts.insert(2 * i + 1, prompt)
+        return torch.cat(parts, dim)
+
+
 class Layout:
     """A packed row as attention reads it.
 
@@ -63,17 +97,22 @@ class Layout:
         groups: Its prompts and their completions.
         blocks: Its causal stretches; every token lies in exactly one.
         ragged: The row for an accelerator; None on a CPU, which reads ``blocks``.
+        absent: Which prompts attention finds elsewhere; None has all in the row.
+
+    Attributes:
+        keys: Where given, attention notes here what it was handed.
     """
 
-    def __init__(self, groups: list[Group], blocks: list[Block], ragged: Ragged | None):
-        self.groups, self.blocks, self.ragged = groups, blocks, ragged
+    def __init__(self, groups: list[Group], blocks: list[Block], ragged: Ragged | None, absent: Absent | None = None):
+        self.groups, self.blocks, self.ragged, self.absent = groups, blocks, ragged, absent
+        self.keys: Keys | None = None
 
 
-def layout_of(groups: list[Group], device: torch.device) -> Layout:
+def layout_of(groups: list[Group], device: torch.device, absent: Absent | None = None) -> Layout:
     """What the attention on ``device`` reads."""
     if device.type == "cpu":
-        return Layout(groups, blocks_of(groups), None)
-    return Layout(groups, [], ragged_of(groups, device))
+        return Layout(groups, blocks_of(groups), None, absent)
+    return Layout(groups, [], ragged_of(groups, device), absent)
 
 
 def blocks_of(groups: list[Group], slack: int = SLACK) -> list[Block]:

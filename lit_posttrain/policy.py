@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from lit_posttrain import attention, scoring
 from lit_posttrain.blocks import compile_layers, recompute_elementwise
+from lit_posttrain.dropout import disable_dropout
 from lit_posttrain.functional.log_probs import TokenLogProbs
+from lit_posttrain.kept_prompts import KeptPrompts
 from lit_posttrain.model_files import model_folder
 from lit_posttrain.precision import ComputeDtype, ComputeView, resolve_dtype
 from lit_posttrain.stash import Stash
@@ -104,16 +107,6 @@ def load_network(model: str, key: str = "model.init_args.policy.model", revision
     return network.train()
 
 
-def disable_dropout(network: nn.Module) -> None:
-    """Set every dropout probability to 0, those that functions read from attributes included (layer drop too)."""
-    for module in network.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name or name == "jitter_noise"):
-                setattr(module, name, 0.0)
-
-
 class Policy(nn.Module):
     """One root module around the network, so that one FSDP root and one set of entry points serve every algorithm.
 
@@ -143,6 +136,7 @@ class Policy(nn.Module):
         self.view: ComputeView | None = None  # not a module: out of state_dict
         self.compute_dtype: torch.dtype | None = None
         self.stash: Stash | None = None
+        self.kept = KeptPrompts()
 
     def load(self, config: PolicyConfig) -> PreTrainedModel:
         """The HF network, seen to be one that can be sampled and scored."""
@@ -155,6 +149,9 @@ class Policy(nn.Module):
         self.compute_dtype = resolve_dtype(self.config.compute_dtype, device)
         view_dtype = torch.float32 if sharded else self.compute_dtype
         self.view = ComputeView(self.model, view_dtype)
+        # Sharded passes are collectives, and what a further pass costs an accelerator is not measured.
+        plain = not (sharded or self.config.compile_layers or self.config.gradient_checkpointing)
+        self.kept.able = (plain and device.type == "cpu") if self.shares_prompts else None
         if self.config.compile_layers:
             compile_layers(causal_lm(self.view.module), device)
             return
@@ -165,6 +162,7 @@ class Policy(nn.Module):
     def sync(self) -> None:
         """Re-make the compute view; call after every change of the parameters."""
         self._view().sync()
+        self.kept.forget()
         if self.stash is not None:
             self.stash.release()
 
@@ -185,7 +183,8 @@ class Policy(nn.Module):
         network = causal_lm(self._view().module)
         packed = self.packs(int(sequences.lengths.max()))
         with _adapters(network, adapters):
-            return scoring.log_probs(network, sequences, mask, temperature, packed=packed, **entropy)
+            read = partial(self.kept.read, variant=adapters)
+            return scoring.log_probs(network, sequences, mask, temperature, packed=packed, read=read, **entropy)
 
     def packs(self, longest: int) -> bool:
         """Whether sequences of up to so many tokens go through the network in packed rows; says so where not."""

@@ -14,8 +14,10 @@ from transformers.utils import logging as transformers_logging
 
 from lit_posttrain import randomness, scoring
 from lit_posttrain.batching import pad_sequences, split, to_device
+from lit_posttrain.dropout import disable_dropout
+from lit_posttrain.kept_prompts import prompts_once
 from lit_posttrain.model_files import model_folder
-from lit_posttrain.policy import Policy, PolicyConfig, causal_lm, disable_dropout
+from lit_posttrain.policy import Policy, PolicyConfig, causal_lm
 from lit_posttrain.types import Sequences
 
 KEY = "model.init_args.policy.model"
@@ -59,7 +61,7 @@ class ScoreNetwork(Policy):
         """
         network = causal_lm(self._view().module)
         packed = self.packs(int(sequences.lengths.max()))
-        states = scoring.states_at(network, sequences, at, packed=packed)
+        states = scoring.states_at(network, sequences, at, packed=packed, read=self.kept.read)
         head: Any = network.score
         return head(states)[:, 0].float()
 
@@ -118,7 +120,8 @@ class Scorer:
         sequences = pad_sequences(prompts, answers)
         packed = self.network.packs(sequences.ids.shape[1])
         scores = torch.zeros(len(sequences.ids))
-        for batch in split(sequences, sequences.completion_mask(), {}, self.token_budget, packed=packed):
+        batches = split(sequences, sequences.completion_mask(), {}, self.token_budget, packed=packed)
+        for batch in prompts_once(batches, [self.network.kept]):
             rows = to_device(batch, self.device).sequences
             scores[batch.rows] = self.network.normalised(self.network(rows, last_tokens(rows))).cpu()
         return scores.tolist()

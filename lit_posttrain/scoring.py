@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from lit_posttrain import attention
 from lit_posttrain.batching import pack
 from lit_posttrain.functional.log_probs import TokenLogProbs, token_log_probs
-from lit_posttrain.layout import layout_of
+from lit_posttrain.kept_prompts import Reader, read_whole
+from lit_posttrain.layout import Layout
 from lit_posttrain.types import Sequences
 
 
@@ -24,6 +25,7 @@ def log_probs(
     temperature: float,
     *,
     packed: bool,
+    read: Reader = read_whole,
     with_entropy: bool = False,
     entropy_gradient: bool = False,
 ) -> TokenLogProbs:
@@ -35,11 +37,12 @@ def log_probs(
         mask: Positions to score.
         temperature: Logits are divided by it.
         packed: Compute a prompt that several rows share once.
+        read: Whether it is kept for other micro-batches.
         with_entropy: Also the entropy of each scored distribution.
         entropy_gradient: Whether gradients flow through it.
     """
     return states_and_log_probs(
-        network, sequences, mask, temperature, packed=packed,
+        network, sequences, mask, temperature, packed=packed, read=read,
         with_entropy=with_entropy, entropy_gradient=entropy_gradient,
     )[1]  # fmt: skip
 
@@ -51,6 +54,7 @@ def states_and_log_probs(
     temperature: float,
     *,
     packed: bool,
+    read: Reader = read_whole,
     with_entropy: bool = False,
     entropy_gradient: bool = False,
 ) -> tuple[Float[Tensor, "n d"], TokenLogProbs]:
@@ -63,7 +67,8 @@ def states_and_log_probs(
         hidden = _padded_states(network, sequences)
         scored = token_log_probs(hidden, head.weight, sequences.ids, temperature, mask=mask, **arguments)
         return hidden[:, :-1][mask], scored
-    states, targets = states_at(network, sequences, pad(mask, (0, 1)), packed=True), sequences.ids[:, 1:][mask]
+    states = states_at(network, sequences, pad(mask, (0, 1)), packed=True, read=read)
+    targets = sequences.ids[:, 1:][mask]
     # As one sequence whose state i predicts token i + 1, so that the shift stays in one place.
     line, targets = torch.cat((states, states[:1]))[None], torch.cat((targets[:1], targets))[None]
     flat = token_log_probs(line, head.weight, targets, temperature, **arguments)
@@ -73,7 +78,7 @@ def states_and_log_probs(
 
 
 def states_at(
-    network: PreTrainedModel, sequences: Sequences, at: Bool[Tensor, "b s"], *, packed: bool
+    network: PreTrainedModel, sequences: Sequences, at: Bool[Tensor, "b s"], *, packed: bool, read: Reader = read_whole
 ) -> Float[Tensor, "n d"]:
     """The decoder's last states at the tokens where ``at`` is True, row by row.
 
@@ -82,6 +87,7 @@ def states_at(
         sequences: Right-padded rows.
         at: Which tokens; none of the padding.
         packed: Compute a prompt that several rows share once.
+        read: Whether it is kept for other micro-batches.
     """
     if not packed or not bool(at.any()):
         return _padded_states(network, sequences)[at]
@@ -89,14 +95,13 @@ def states_at(
     row = pack(sequences, last=last)
     # A mask that is already four-dimensional is passed on as it is, so that none is built; the layout replaces it.
     unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.ids.device)
-    hidden = _decoder(network)(
-        input_ids=row.ids,
-        position_ids=row.positions,
-        attention_mask=unread,
-        layout=layout_of(row.groups, row.ids.device),
-        use_cache=False,
-    ).last_hidden_state
-    return hidden[0, row.states[at]]
+
+    def decode(ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        return _decoder(network)(
+            input_ids=ids, position_ids=positions, attention_mask=unread, layout=layout, use_cache=False
+        ).last_hidden_state
+
+    return read(row, decode)[0, row.states[at]]
 
 
 def _padded_states(network: PreTrainedModel, sequences: Sequences) -> Float[Tensor, "b s d"]:

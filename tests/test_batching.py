@@ -1,7 +1,6 @@
 """Rows into micro-batches: every row once, within the budget, nothing of a row lost or mixed up."""
 
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -130,21 +129,6 @@ def test_packed_micro_batches_are_filled_up_to_the_budget() -> None:
     mask = sequences.completion_mask()
     for budget, expected in ((12, [[0, 1, 2]]), (11, [[0, 1], [2]]), (7, [[0, 1], [2]]), (6, [[0], [1], [2]])):
         assert [b.rows.tolist() for b in split(sequences, mask, {}, budget, packed=True)] == expected
-
-
-def test_prompts_that_are_computed_again_and_again_are_said() -> None:
-    """Of 4 answers of 2 tokens to a prompt of 9, each takes 1 token in a row: 13 tokens in one micro-batch."""
-    sequences = pad_sequences([list(range(1, 10))] * 4, [[1, 2]] * 4)
-    mask = sequences.completion_mask()
-    for budget in (13, 12):  # in one part; then 3 answers and 1: 9 of 22 tokens again
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            split(sequences, mask, {}, budget, packed=True)
-        assert [str(w.message).split(" divides")[0] for w in caught] == ([] if budget == 13 else ["token_budget: 12"])
-    short = pad_sequences([[1]] * 4, [[1] * 9] * 4)  # 1 of 34 tokens again
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(split(short, short.completion_mask(), {}, 17, packed=True)) == 2
 
 
 @settings(max_examples=30, deadline=None)

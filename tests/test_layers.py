@@ -12,6 +12,7 @@ LAYERS = [
     ["functional", "types", "randomness", "allocator"],
     ["batching"],
     ["layout"],
+    ["kept_prompts"],
     ["cascade"],
     ["attention"],
     ["precision"],

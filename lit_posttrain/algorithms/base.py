@@ -17,8 +17,9 @@ from lit_posttrain.algorithms.reporting import Reporting
 from lit_posttrain.algorithms.structure import require_same, structure_of
 from lit_posttrain.batching import TOKEN_BUDGET, to_device
 from lit_posttrain.functional.masked import Totals
+from lit_posttrain.kept_prompts import KeptPrompts, prompts_once
 from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
-from lit_posttrain.precision import describe_hardware
+from lit_posttrain.reference import Reference
 from lit_posttrain.schedules import begin
 from lit_posttrain.sharding import (
     add_gradients,
@@ -49,6 +50,7 @@ class PostTrainModule(Reporting, ABC):
     """
 
     network_class: type[Policy] = Policy
+    reference: Reference | None = None  # not a module: out of optimizer, state_dict and checkpoint
 
     def __init__(
         self,
@@ -120,6 +122,11 @@ class PostTrainModule(Reporting, ABC):
     def parameter_groups(self) -> list[Any]:
         """What the optimizer gets: the policy's trainable parameters, or groups that each have a ``name``."""
         return [p for _, p in self.built_policy().trainable()]
+
+    def keepers(self) -> list[KeptPrompts]:
+        """Of every network that micro-batches go through."""
+        apart = None if self.reference is None else self.reference.network
+        return [network.kept for network in (self.built_policy(), apart) if network is not None]
 
     def sync_views(self) -> None:
         """Re-make every compute view; called after every change of parameters."""
@@ -217,7 +224,8 @@ class PostTrainModule(Reporting, ABC):
         # Gradients are averaged by hand after the last backward, so DDP's own reducer stays out of it.
         unsynced = model.no_sync() if isinstance(self.trainer.strategy, DDPStrategy) else nullcontext()  # pyright: ignore
         with unsynced:
-            for batch in same_number(stream.micro_batches, stream.idle_columns, self.device):
+            batches = same_number(stream.micro_batches, stream.idle_columns, self.device)
+            for batch in prompts_once(batches, self.keepers()):
                 out = stream.loss(to_device(batch, self.device), stream.totals)
                 # Gradients are averaged over ranks, and the loss is a sum over them.
                 self.manual_backward(out.loss * world_size())
@@ -259,7 +267,7 @@ class PostTrainModule(Reporting, ABC):
 
     def on_fit_start(self) -> None:
         """Say what was found, and make the compute view of whatever was loaded."""
-        self.announce_hardware()
+        self.announce(self.built_policy())
         self.sync_views()
 
     def on_train_start(self) -> None:
@@ -277,14 +285,6 @@ class PostTrainModule(Reporting, ABC):
     def on_predict_start(self) -> None:
         """Likewise."""
         self.sync_views()
-
-    def announce_hardware(self) -> None:
-        """One line: hardware, precision, number of trained parameters."""
-        policy = self.built_policy()
-        size = sum(p.numel() for _, p in policy.trainable())
-        self.print(
-            f"{describe_hardware(self.device)}; computing in {policy.compute_dtype}; {size:,} trained parameters"
-        )
 
     def counters(self) -> dict[str, Any]:
         """Everything besides weights, optimizer and schedule that a resume needs; the one place to declare it."""

@@ -13,6 +13,7 @@ from lit_posttrain import gates
 from lit_posttrain.algorithms.base import PostTrainModule
 from lit_posttrain.batching import split, to_device
 from lit_posttrain.functional.masked import Totals
+from lit_posttrain.kept_prompts import prompts_once
 from lit_posttrain.policy import Policy
 from lit_posttrain.sharding import all_reduce_sum, same_number, world_size
 from lit_posttrain.types import ExampleBatch, MicroBatch, StepResult, Stream
@@ -102,7 +103,7 @@ class OfflineModule(PostTrainModule):
         # The loss's own layout: in low precision another one rounds otherwise, and reference and policy would differ.
         together = batch.columns["group"] if self.together else None
         batches = split(batch.sequences, batch.mask, {}, self.token_budget, rows, packed=packed, together=together)
-        for micro_batch in same_number(batches, {}, self.device):
+        for micro_batch in prompts_once(same_number(batches, {}, self.device), self.keepers()):
             yield to_device(micro_batch, self.device)
             self.advance()
 

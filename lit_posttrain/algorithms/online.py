@@ -20,6 +20,7 @@ from lit_posttrain.algorithms.watching import WatchedModule
 from lit_posttrain.batching import TOKEN_BUDGET, split, to_device
 from lit_posttrain.functional.log_probs import TokenLogProbs
 from lit_posttrain.functional.masked import Totals
+from lit_posttrain.kept_prompts import prompts_once
 from lit_posttrain.objective import PolicyObjective
 from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
 from lit_posttrain.reference import Reference, ReferenceConfig
@@ -212,7 +213,7 @@ class OnlineModule(WatchedModule):
         # The same micro-batches as a single update's, so that in low precision both round alike.
         batches = split(rollout.sequences, rollout.mask, {}, self.token_budget, packed=self._packs(rollout))
         with self.timed_phase("scoring", len(batches)):
-            for batch in same_number(batches, {}, self.device):
+            for batch in prompts_once(same_number(batches, {}, self.device), self.keepers()):
                 moved, width = to_device(batch, self.device), batch.mask.shape[1]
                 for scorer in scorers:
                     for name, values in scorer(moved).items():

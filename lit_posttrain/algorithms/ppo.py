@@ -21,6 +21,7 @@ from lit_posttrain.functional.returns import (
     generalised_advantages,
     token_rewards,
 )
+from lit_posttrain.kept_prompts import KeptPrompts
 from lit_posttrain.policy import PolicyConfig
 from lit_posttrain.ppo_objective import PPOObjective
 from lit_posttrain.rewards.base import RewardFunction
@@ -119,6 +120,10 @@ class PPO(OnlineModule):
         if self.critic.compute_dtype is None:
             self.critic.build_view(self.device, sharded=False)
         return self.critic
+
+    def keepers(self) -> list[KeptPrompts]:
+        """Also the critic's."""
+        return super().keepers() if self.critic is None else [*super().keepers(), self.built_critic().kept]
 
     def sync_views(self) -> None:
         """Also the critic's."""

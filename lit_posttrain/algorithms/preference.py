@@ -71,7 +71,6 @@ class PreferenceModule(OfflineModule, ABC):
         self.cache_folder = reference_cache
         self.generations = generations
         self.engine = engine or NativeEngine()
-        self.reference: Reference | None = None  # not a module: out of optimizer, state_dict and checkpoint
         self.cache: ReferenceCache | None = None
 
     # --- the reference ----------------------------------------------------------------------------------------

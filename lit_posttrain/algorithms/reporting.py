@@ -11,6 +11,8 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lit_posttrain import gates
+from lit_posttrain.policy import Policy
+from lit_posttrain.precision import describe_hardware
 from lit_posttrain.types import StepResult
 
 
@@ -22,6 +24,13 @@ class Reporting(pl.LightningModule):
         self.stop: Any = None
         self.seconds: dict[str, float] = defaultdict(float)
         self._before: tuple[list[int], float] = ([], 0.0)
+
+    def announce(self, policy: Policy) -> None:
+        """One line: hardware, precision, number of trained parameters."""
+        size = sum(p.numel() for _, p in policy.trainable())
+        self.print(
+            f"{describe_hardware(self.device)}; computing in {policy.compute_dtype}; {size:,} trained parameters"
+        )
 
     def learning_rate(self) -> float:
         """The first parameter group's present rate."""

@@ -10,7 +10,6 @@ from lit_posttrain.algorithms.samples import as_markdown
 from lit_posttrain.algorithms.sampling import SamplingModule
 from lit_posttrain.functional.returns import adapted_coef
 from lit_posttrain.objective import PolicyObjective
-from lit_posttrain.reference import Reference
 from lit_posttrain.rewards.base import deciding
 from lit_posttrain.rewards.learned import LearnedReward
 from lit_posttrain.rollout.collect import Rollout, generate, to_samples
@@ -29,7 +28,6 @@ class WatchedModule(SamplingModule):
     num_tokens = 0.0
     episodes = 0
     waits = 0  # iterations before the policy is trained
-    reference: Reference | None = None  # not a module: out of optimizer, state_dict and checkpoint
 
     def calibrate_rewards(self) -> None:
         """Learned rewards that count from the mean of the untrained policy's answers: sample those answers."""
