@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lit_posttrain.types import MicroBatch, Sequences
 
-# Algorithms' default: a prompt and 8 completions of 128 tokens stay together, which 1,024 would split.
-TOKEN_BUDGET = 1152
+# Defaults of algorithms: what is kept of a token takes twice as much memory in fp32. A prompt and 8 completions of 128
+# tokens fit into 1,152; 1,024 would divide them.
+TOKEN_BUDGETS = {torch.float32: 768, torch.bfloat16: 1152}
 
 
 def pad_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Sequences:

@@ -34,6 +34,19 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
+def require_full_precision(trainer: str) -> None:
+    """See that the trainer leaves parameters in fp32.
+
+    Raises:
+        ValueError: Its precision is another.
+    """
+    if trainer not in ("32-true", "32"):
+        raise ValueError(
+            f"trainer.precision: must be 32-true, is {trainer}; parameters stay fp32, and "
+            "model.init_args.policy.compute_dtype says what forward passes compute in"
+        )
+
+
 def describe_hardware(device: torch.device) -> str:
     """One line: what was found and which precision ``auto`` means on it."""
     if device.type == "cuda":

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from lit_posttrain import gates, randomness
 from lit_posttrain.algorithms.reporting import Reporting
 from lit_posttrain.algorithms.structure import require_same, structure_of
-from lit_posttrain.batching import TOKEN_BUDGET, to_device
+from lit_posttrain.batching import TOKEN_BUDGETS, to_device
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.kept_prompts import KeptPrompts, prompts_once
 from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
+from lit_posttrain.precision import require_full_precision
 from lit_posttrain.reference import Reference
 from lit_posttrain.schedules import begin
 from lit_posttrain.sharding import (
@@ -46,7 +47,8 @@ class PostTrainModule(Reporting, ABC):
         optimizer: Gets the trainable parameters.
         scheduler: Learning-rate schedule, stepped once an iteration.
         max_grad_norm: Gradients are clipped to this global norm; null leaves them.
-        token_budget: Most tokens, padding included, in one forward pass. Sets memory, never the objective.
+        token_budget: Most tokens, padding included, in one forward pass; null is 768 in fp32 and 1,152 in
+            bf16. Sets memory, never the objective.
     """
 
     network_class: type[Policy] = Policy
@@ -58,10 +60,10 @@ class PostTrainModule(Reporting, ABC):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | None = None,
     ):
         super().__init__()
-        if token_budget < 1:
+        if token_budget is not None and token_budget < 1:
             raise ValueError(f"model.init_args.token_budget: must be at least 1, is {token_budget}")
         if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
             raise ValueError(
@@ -73,7 +75,7 @@ class PostTrainModule(Reporting, ABC):
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         self.max_grad_norm = max_grad_norm
-        self.token_budget = token_budget
+        self._token_budget = token_budget
         self.policy: Policy | None = None
         self.bad_steps = 0
         self.loaded_counters: dict[str, Any] | None = None
@@ -89,7 +91,7 @@ class PostTrainModule(Reporting, ABC):
         """Load the policy, and shard it where the strategy does; runs again at every stage, so it builds once."""
         if self.policy is not None:
             return
-        self._check_precision()
+        require_full_precision(str(self.trainer.precision))
         self.tokenizer = load_tokenizer(self.policy_config)
         policy = self.network_class(self.policy_config)
         self.prepare_policy(policy)
@@ -147,13 +149,10 @@ class PostTrainModule(Reporting, ABC):
             self.policy.build_view(self.device, sharded=False)
         return self.policy
 
-    def _check_precision(self) -> None:
-        precision = str(self.trainer.precision)
-        if precision not in ("32-true", "32"):
-            raise ValueError(
-                f"trainer.precision: must be 32-true, is {precision}; parameters stay fp32, and "
-                "model.init_args.policy.compute_dtype says what forward passes compute in"
-            )
+    @property
+    def token_budget(self) -> int:
+        """The setting, or what suits the compute precision."""
+        return self._token_budget or TOKEN_BUDGETS[self.built_policy().compute_dtype or torch.float32]
 
     # --- one optimizer step -----------------------------------------------------------------------------------
 

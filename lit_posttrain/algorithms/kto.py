@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lit_posttrain.algorithms.generations import GenerationConfig
 from lit_posttrain.algorithms.preference import COLUMN, PreferenceModule
-from lit_posttrain.batching import TOKEN_BUDGET
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.functional.preference_losses import kto_loss
 from lit_posttrain.policy import PolicyConfig
@@ -43,7 +42,8 @@ class KTO(PreferenceModule):
         optimizer: Gets the trainable parameters.
         scheduler: Learning-rate schedule, stepped once an iteration.
         max_grad_norm: Gradients are clipped to this global norm; null leaves them.
-        token_budget: Most tokens, padding included, in one forward pass. Sets memory, never the objective.
+        token_budget: Most tokens, padding included, in one forward pass; null is 768 in fp32 and 1,152 in
+            bf16. Sets memory, never the objective.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class KTO(PreferenceModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | None = None,
     ):
         for name, value in (("beta", beta), ("desirable_weight", desirable_weight)):
             if not 0 < value < math.inf:

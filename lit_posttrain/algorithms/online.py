@@ -17,7 +17,7 @@ from lit_posttrain.algorithms.evaluation import EvaluationConfig
 from lit_posttrain.algorithms.measures import rollout_sums
 from lit_posttrain.algorithms.pretraining import Pretraining, PtxConfig
 from lit_posttrain.algorithms.watching import WatchedModule
-from lit_posttrain.batching import TOKEN_BUDGET, split, to_device
+from lit_posttrain.batching import split, to_device
 from lit_posttrain.functional.log_probs import TokenLogProbs
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.kept_prompts import prompts_once
@@ -50,7 +50,8 @@ class OnlineModule(WatchedModule):
         optimizer: Gets the trainable parameters.
         scheduler: Learning-rate schedule, stepped once an iteration.
         max_grad_norm: Gradients are clipped to this global norm; null leaves them.
-        token_budget: Most tokens, padding included, in one forward pass. Sets memory, never the objective.
+        token_budget: Most tokens, padding included, in one forward pass; null is 768 in fp32 and 1,152 in
+            bf16. Sets memory, never the objective.
         log_samples_every: Iterations between two rollouts shown as text in TensorBoard; 0 shows none.
     """
 
@@ -71,7 +72,7 @@ class OnlineModule(WatchedModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | None = None,
         log_samples_every: int = 5,
     ):
         super().__init__(

@@ -47,7 +47,8 @@ class PreferenceModule(OfflineModule, ABC):
         optimizer: Gets the trainable parameters.
         scheduler: Learning-rate schedule.
         max_grad_norm: Gradients are clipped to this global norm.
-        token_budget: Most tokens in one forward pass.
+        token_budget: Most tokens, padding included, in one forward pass; null is 768 in fp32 and 1,152 in
+            bf16. Sets memory, never the objective.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class PreferenceModule(OfflineModule, ABC):
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
         max_grad_norm: float | None,
-        token_budget: int,
+        token_budget: int | None,
     ):
         super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
         if reference is not None and reference.refresh_every is not None:

@@ -8,7 +8,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lit_posttrain.algorithms.offline import OfflineModule
-from lit_posttrain.batching import TOKEN_BUDGET
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.functional.preference_losses import pair_indices
 from lit_posttrain.functional.reward_losses import binary_loss, bradley_terry
@@ -29,7 +28,8 @@ class ScoringModule(OfflineModule, ABC):
         optimizer: Gets the trainable parameters.
         scheduler: Learning-rate schedule, stepped once an iteration.
         max_grad_norm: Gradients are clipped to this global norm; null leaves them.
-        token_budget: Most tokens, padding included, in one forward pass. Sets memory, never the objective.
+        token_budget: Most tokens, padding included, in one forward pass; null is 768 in fp32 and 1,152 in
+            bf16. Sets memory, never the objective.
     """
 
     network_class: type[Policy] = ScoreNetwork
@@ -40,7 +40,7 @@ class ScoringModule(OfflineModule, ABC):
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None,
         max_grad_norm: float | None,
-        token_budget: int,
+        token_budget: int | None,
     ):
         super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
         self.observed: dict[str, list[Tensor]] = {}
@@ -106,7 +106,8 @@ class RewardModel(ScoringModule):
         optimizer: Gets the trainable parameters.
         scheduler: Learning-rate schedule, stepped once an iteration.
         max_grad_norm: Gradients are clipped to this global norm; null leaves them.
-        token_budget: Most tokens, padding included, in one forward pass. Sets memory, never the objective.
+        token_budget: Most tokens, padding included, in one forward pass; null is 768 in fp32 and 1,152 in
+            bf16. Sets memory, never the objective.
     """
 
     together = True
@@ -120,7 +121,7 @@ class RewardModel(ScoringModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=9e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | None = None,
     ):
         super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
         if centring < 0:
@@ -239,7 +240,8 @@ class PointwiseRewardModel(_LabelModule):
         optimizer: Gets the trainable parameters.
         scheduler: Learning-rate schedule, stepped once an iteration.
         max_grad_norm: Gradients are clipped to this global norm; null leaves them.
-        token_budget: Most tokens, padding included, in one forward pass. Sets memory, never the objective.
+        token_budget: Most tokens, padding included, in one forward pass; null is 768 in fp32 and 1,152 in
+            bf16. Sets memory, never the objective.
     """
 
     def __init__(
@@ -248,7 +250,7 @@ class PointwiseRewardModel(_LabelModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=6e-6, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | None = None,
     ):
         super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
 
@@ -276,7 +278,8 @@ class ProcessRewardModel(_LabelModule):
         optimizer: Gets the trainable parameters.
         scheduler: Learning-rate schedule, stepped once an iteration.
         max_grad_norm: Gradients are clipped to this global norm; null leaves them.
-        token_budget: Most tokens, padding included, in one forward pass. Sets memory, never the objective.
+        token_budget: Most tokens, padding included, in one forward pass; null is 768 in fp32 and 1,152 in
+            bf16. Sets memory, never the objective.
     """
 
     def __init__(
@@ -285,7 +288,7 @@ class ProcessRewardModel(_LabelModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-5, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | None = None,
     ):
         super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
 

@@ -9,7 +9,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lit_posttrain import randomness
 from lit_posttrain.algorithms.generations import GenerationConfig, answer, as_text
 from lit_posttrain.algorithms.offline import OfflineModule
-from lit_posttrain.batching import TOKEN_BUDGET
 from lit_posttrain.dropout import add_residual_dropout
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.policy import Policy, PolicyConfig, causal_lm
@@ -32,7 +31,8 @@ class SFT(OfflineModule):
         optimizer: Gets the trainable parameters.
         scheduler: Learning-rate schedule, stepped once an iteration.
         max_grad_norm: Gradients are clipped to this global norm; null leaves them.
-        token_budget: Most tokens, padding included, in one forward pass. Sets memory, never the objective.
+        token_budget: Most tokens, padding included, in one forward pass; null is 768 in fp32 and 1,152 in
+            bf16. Sets memory, never the objective.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class SFT(OfflineModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5, weight_decay=0.0, fused=True),
         scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int | None = None,
     ):
         super().__init__(policy, optimizer, scheduler, max_grad_norm, token_budget)
         self.normalisation = normalisation

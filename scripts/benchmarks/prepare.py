@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import platform
 import random
 from pathlib import Path
@@ -23,7 +22,7 @@ def main() -> None:
     setup = channel.receive()
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from lit_posttrain.algorithms.online import OnlineModule
+    from lit_posttrain.batching import TOKEN_BUDGETS
     from lit_posttrain.precision import multiplies_bfloat16
 
     device = setup["device"]
@@ -50,7 +49,7 @@ def main() -> None:
         gpus=torch.cuda.device_count() if device == "cuda" else 0,
         dtype=dtype,
         multiplies_bfloat16=bf16,
-        token_budget=inspect.signature(OnlineModule).parameters["token_budget"].default,
+        token_budget=TOKEN_BUDGETS[getattr(torch, dtype)],
         fixed_prompts=random_prompts,
         natural_prompts=chat or random_prompts,
         natural_source="chat questions" if chat else "random tokens",

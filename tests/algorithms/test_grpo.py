@@ -8,6 +8,7 @@ import tiny_runs
 import torch
 from tiny_runs import BATCH, GROUP, Recorder, curve, even, fit, gap, grpo, objective, prompts, scalars, trained, weights
 
+from lit_posttrain import kept_prompts
 from lit_posttrain.data import Template
 from lit_posttrain.reference import ReferenceConfig
 from lit_posttrain.types import PromptBatch
@@ -19,8 +20,12 @@ ROWS = BATCH * GROUP
 
 
 @pytest.mark.trap(15)
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean", "constant"])
-def test_any_token_budget_gives_the_same_weights(tiny_model: Path, tmp_path: Path, aggregation: str) -> None:
+def test_any_token_budget_gives_the_same_weights(
+    tiny_model: Path, tmp_path: Path, aggregation: str, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_prompts, "PASS_TOKENS", 0 if keeps else 10**9)
     counts: dict[int, list[int]] = {}
     results = {}
     for budget in (10_000, 60, 1):

@@ -16,6 +16,7 @@ from tiny_runs import BATCH, Watch, curve, fit, gap, prompts, scalars, trainer, 
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lit_posttrain import kept_prompts, scoring
 from lit_posttrain.algorithms import PPO
 from lit_posttrain.critic import CriticConfig, load_critic
 from lit_posttrain.objective import KLConfig
@@ -161,8 +162,12 @@ def test_values_that_come_with_the_update_are_those_of_a_pass_of_their_own(
 
 
 @pytest.mark.trap(15)
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_any_token_budget_gives_the_same_weights(tiny_model: Path, tmp_path: Path, shared: bool) -> None:
+def test_any_token_budget_gives_the_same_weights(
+    tiny_model: Path, tmp_path: Path, shared: bool, keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_prompts, "PASS_TOKENS", 0 if keeps else 10**9)
     results = []
     for budget in (10_000, 40, 1):
         module = ran(
@@ -172,6 +177,36 @@ def test_any_token_budget_gives_the_same_weights(tiny_model: Path, tmp_path: Pat
         results.append({n: p.detach().clone() for n, p in module.named_parameters()})
     for other in results[1:]:
         assert gap(results[0], other) < 1e-6
+
+
+@pytest.mark.parametrize("critic", [CriticConfig(), CriticConfig(shared=True)])
+def test_a_divided_prompt_goes_through_each_network_once(
+    tiny_model: Path, tmp_path: Path, critic: CriticConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens that policy, reference and critic compute in scoring and in updates: as few as in one piece."""
+    decoder_of, counts = scoring._decoder, {}
+    other = write_tiny_model(tmp_path / "other", seed=9)
+    for budget, limit in ((10_000, 0), (40, 0), (40, 10**9)):
+        tokens = counts[budget, limit] = dict[int, int]()
+
+        def counting(network: Any, tokens: dict[int, int] = tokens) -> Any:
+            def run(**named: Any) -> Any:
+                tokens[id(network)] = tokens.get(id(network), 0) + named["input_ids"].numel()
+                return decoder_of(network)(**named)
+
+            return run
+
+        monkeypatch.setattr(kept_prompts, "PASS_TOKENS", limit)
+        monkeypatch.setattr(scoring, "_decoder", counting)
+        ran(
+            tiny_model, tmp_path / f"{budget} {limit}", steps=1, num_epochs=2, token_budget=budget, critic=critic,
+            reference=ReferenceConfig(model=str(other)),
+        )  # fmt: skip
+        monkeypatch.setattr(scoring, "_decoder", decoder_of)
+    whole, kept, again = (list(each.values()) for each in counts.values())
+    assert len(whole) == (2 if critic.shared else 3)
+    assert kept == whole
+    assert all(a > b for a, b in zip(again, whole, strict=True))
 
 
 def test_a_second_epoch_clips_around_the_first_values(tiny_model: Path, tmp_path: Path) -> None:
