@@ -186,7 +186,7 @@ def test_a_divided_prompt_goes_through_each_network_once(
     """Tokens that policy, reference and critic compute in scoring and in updates: as few as in one piece."""
     decoder_of, counts = scoring._decoder, {}
     other = write_tiny_model(tmp_path / "other", seed=9)
-    for budget, limit in ((10_000, 0), (40, 0), (40, 10**9)):
+    for budget, limit in ((10_000, 0), (20, 0), (20, 10**9)):
         tokens = counts[budget, limit] = dict[int, int]()
 
         def counting(network: Any, tokens: dict[int, int] = tokens) -> Any:
