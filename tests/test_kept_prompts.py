@@ -155,7 +155,7 @@ def test_adapters_on_and_off_are_kept_apart(tiny_model: Path) -> None:
 
 def test_changed_weights_are_seen_at_once(tiny_model: Path) -> None:
     """A reference that takes the policy's adapters' place for a moment syncs the policy, twice a micro-batch."""
-    network = policy(tiny_model)
+    network, other = policy(tiny_model), policy(tiny_model)
     sequences = rows()
     with torch.no_grad():
         for i, batch in enumerate(prompts_once(parts(), [network.kept])):
@@ -164,7 +164,8 @@ def test_changed_weights_are_seen_at_once(tiny_model: Path) -> None:
                 p.mul_(1.25 if i % 2 else 0.8)
             network.sync()
             found = network(batch.sequences, batch.mask, 1.0).log_probs
-            expected = network(sequences, sequences.completion_mask(), 1.0).log_probs
+            other.load_state_dict(network.state_dict())
+            expected = other(sequences, sequences.completion_mask(), 1.0).log_probs
             torch.testing.assert_close(found, expected[batch.rows, : found.shape[1]], atol=1e-5, rtol=1e-5)
 
 
