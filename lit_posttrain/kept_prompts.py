@@ -121,7 +121,7 @@ def _leaf(x: Tensor, made: list[tuple[Tensor, Tensor]]) -> Tensor:
 def prompts_once(batches: Sequence[MicroBatch], keepers: Sequence[KeptPrompts]) -> Iterator[MicroBatch]:
     """The micro-batches one after another, each to be gone through (backward too) before the next is asked for.
 
-    Between them networks keep what they computed of a prompt that several of them hold, where that saves more than it
+    Between them networks keep what they computed of a prompt that several in a row hold, where that saves more than it
     costs.
 
     Args:
@@ -132,7 +132,7 @@ def prompts_once(batches: Sequence[MicroBatch], keepers: Sequence[KeptPrompts]) 
     parts = _parts(batches)
     if any(kept.able is False for kept in keepers):
         _say_what_is_computed_again(batches, parts)
-    parts = {prompt: own for prompt, own in parts.items() if _again(prompt, own) > PASS_TOKENS}
+    parts = {p: own for p, own in parts.items() if _again(p, own) > PASS_TOKENS and _follow_one_another(own)}
     try:
         for i, batch in enumerate(batches):
             for kept in able:
@@ -153,6 +153,11 @@ def _parts(batches: Sequence[MicroBatch]) -> dict[Prompt, list[int]]:
         for prompt in rows_of_prompts(batch.sequences, range(len(batch.sequences.ids))):
             parts.setdefault(prompt, []).append(i)
     return parts
+
+
+def _follow_one_another(own: list[int]) -> bool:
+    """What is kept is then part of the present micro-batch, whose tokens the budget counts."""
+    return own[-1] - own[0] < len(own)
 
 
 def _again(prompt: Prompt, own: list[int]) -> int:

@@ -207,6 +207,20 @@ def test_nothing_is_kept_where_it_costs_more_than_it_saves(tiny_model: Path, mon
     assert counts == [TOKENS, TOKENS + 40]
 
 
+def test_a_prompt_does_not_wait_for_micro_batches_without_it(tiny_model: Path) -> None:
+    """The token budget bounds memory, and counts what a micro-batch holds."""
+    network = policy(tiny_model)
+    batches = parts(1)  # four of the first prompt, two of the second
+    order = [*batches[:2], batches[4], *batches[2:4], batches[5]]
+    most = 0
+    with counted(network) as seen:
+        for batch in prompts_once(order, [network.kept]):
+            network(batch.sequences, batch.mask, 1.0).log_probs.sum().backward()
+            most = max(most, len(network.kept._computed))
+    assert most == 0
+    assert sum(seen) == TOKENS + 3 * 40 + 39
+
+
 def test_nothing_stays_behind(tiny_model: Path) -> None:
     network = policy(tiny_model)
     gradients(network, parts(), [network.kept])
