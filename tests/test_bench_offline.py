@@ -52,6 +52,10 @@ def test_sections_beside_trl(done: SimpleNamespace) -> None:
         assert ours["first_step"] == pytest.approx(trl["first_step"], rel=1e-3)
         assert [row["contender"] for row in r["rows"]] == ["ours", "trl fp32"] * 2
         assert all(row["seconds"] > 0 and math.isfinite(row["loss"]) for row in r["rows"])
+        floor, m = r["masters"]["floor_s"], r["masters"]
+        assert 0 < floor < ours["seconds"]["median"]
+        assert m["fraction_of_floor"] == pytest.approx(floor / ours["seconds"]["median"])
+        assert m["speedup_at_floor"] == pytest.approx(trl["seconds"]["median"] / floor)
 
 
 def test_both_sides_take_the_same_steps(done: SimpleNamespace) -> None:

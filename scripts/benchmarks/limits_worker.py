@@ -139,11 +139,15 @@ class Meter:
         layers = [[self.random(rows, s.kv_heads, context, s.width) for _ in "kv"] for _ in range(s.layers)]
         return {"seconds": self.seconds(lambda: [scaled_dot_product_attention(query, k, v) for k, v in layers])}
 
-    def training(self, batches: Sequence[Sequence[Sequence[int]]]) -> dict[str, float]:
-        """Seconds of all products and all attention, forward and backward, of packed micro-batches.
+    def training(
+        self, batches: Sequence[Sequence[Sequence[int]]], *, head: bool = True, backward: bool = True
+    ) -> dict[str, float]:
+        """Seconds of all products and all attention of packed micro-batches.
 
         Args:
             batches: Micro-batches of groups, a group as ``[prompt, *completions]`` in tokens.
+            head: Whether completions reach the vocabulary head.
+            backward: Also backward.
         """
         products = attended = 0.0
         known: dict[tuple[int, int, int], float] = {}
@@ -151,31 +155,32 @@ class Meter:
             # A prompt goes through the layers once; the head sees only what is scored.
             tokens = sum(map(sum, groups))
             scored = sum(sum(group[1:]) for group in groups)
-            for part, rows in ((self.shape.linears[:-1], tokens), (self.shape.linears[-1:], scored)):
-                products += self._products(part, rows)
+            products += self._products(self.shape.linears[:-1], tokens, backward)
+            products += self._products(self.shape.linears[-1:], scored, backward) if head else 0.0
             for prompt, *completions in groups:
                 shape = prompt, len(completions), max(completions)
                 if shape not in known:
-                    known[shape] = self._group_attention(*shape)
+                    known[shape] = self._group_attention(*shape, backward=backward)
                 attended += known[shape]
         return {"linears": products, "attention": attended * self.shape.layers}
 
     @torch.no_grad()
-    def _products(self, linears: Sequence[tuple[int, int]], rows: int) -> float:
+    def _products(self, linears: Sequence[tuple[int, int]], rows: int, backward: bool) -> float:
         total = 0.0
         for (out, inner), count in Counter(linears).items():
             x, w, dy = self.random(rows, inner), self.random(out, inner), self.random(rows, out)
-            total += count * self.seconds(lambda x=x, w=w, dy=dy: (linear(x, w), dy @ w, dy.t() @ x), 0.2)
+            every = lambda x=x, w=w, dy=dy: (linear(x, w), dy @ w, dy.t() @ x)  # noqa: E731
+            total += count * self.seconds(every if backward else lambda x=x, w=w: linear(x, w), 0.2)
         return total
 
-    def _group_attention(self, prompt: int, completions: int, width: int) -> float:
+    def _group_attention(self, prompt: int, completions: int, width: int, *, backward: bool) -> float:
         """Of one group in one layer: each sequence by itself, or the prompt once for all, whichever is faster."""
-        apart = self._causal_attention([(completions, prompt + width, prompt + width)])
-        shared = self._causal_attention([(1, prompt, prompt), (completions, width, prompt + width)])
+        apart = self._causal_attention([(completions, prompt + width, prompt + width)], backward)
+        shared = self._causal_attention([(1, prompt, prompt), (completions, width, prompt + width)], backward)
         return min(apart, shared)
 
-    def _causal_attention(self, parts: Sequence[tuple[int, int, int]]) -> float:
-        """Forward and backward of ``(rows, queries, keys)``: the queries are the last of the keys."""
+    def _causal_attention(self, parts: Sequence[tuple[int, int, int]], backward: bool) -> float:
+        """Forward, and backward if asked for, of ``(rows, queries, keys)``: the queries are the last of the keys."""
         s = self.shape
         calls = []
         for rows, queries, keys in parts:
@@ -188,8 +193,10 @@ class Meter:
 
         def both() -> None:
             for q, k, v, seen, gradient in calls:
-                out = scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
-                torch.autograd.grad(out, (q, k, v), gradient)
+                with torch.set_grad_enabled(backward):
+                    out = scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
+                if backward:
+                    torch.autograd.grad(out, (q, k, v), gradient)
 
         return self.seconds(both, 0.1)
 

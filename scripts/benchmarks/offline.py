@@ -55,7 +55,7 @@ VARIANTS: dict[str, dict[str, Comparison]] = {
 
 def run(task: str, bench: Bench) -> dict[str, Any]:
     """One comparison after another: ours and TRL alternate, so that no more than two models are in memory."""
-    rows, tried, firsts = Rows(task), {}, {}
+    rows, tried, firsts, floors = Rows(task), {}, {}, {}
     trl = bench.args.peer == "trl"
     for variant in bench.variants(VARIANTS[task]):
         comparison = VARIANTS[task][variant]
@@ -66,7 +66,8 @@ def run(task: str, bench: Bench) -> dict[str, Any]:
             continue
         layout = best_layout(bench, task, comparison, tried) if trl else None
         firsts[variant] = measure(bench, task, variant, layout, rows)
-    result = {**summary(bench, task, rows, firsts), "micro_batches": tried, "order": rows.order()}
+        floors[variant] = floor(bench, task, comparison)
+    result = {**summary(bench, task, rows, firsts, floors), "micro_batches": tried, "order": rows.order()}
     say("\n" + table(task, rows, result))
     return result
 
@@ -179,6 +180,21 @@ def measure(
     return firsts
 
 
+def floor(bench: Bench, task: str, comparison: Comparison) -> float:
+    """Seconds of a step's products and attention alone, every prompt once: what no implementation of ours undercuts."""
+    batches: list[list[list[int]]] = [[]]
+    for e in bench.found["offline"]["examples"][comparison.data]:
+        group = [len(e["prompt"]), *map(len, e["completions"])]
+        if batches[-1] and sum(map(sum, batches[-1])) + sum(group) > bench.setup()["token_budget"]:
+            batches.append([])
+        batches[-1].append(group)
+    with Worker("limits", "limits_worker", bench.setup(), bench.env) as worker:
+        seconds = sum(worker.request(what="training", batches=batches, head=task != "rm").values())
+        if task == "dpo" and not comparison.cached:
+            seconds += sum(worker.request(what="training", batches=batches, backward=False).values())
+    return seconds
+
+
 def check(task: str, variant: str, dtype: str, ours: dict[str, float], peer: dict[str, float]) -> None:
     """Print the first step of both sides, and see that it is the same.
 
@@ -197,7 +213,9 @@ def check(task: str, variant: str, dtype: str, ours: dict[str, float], peer: dic
             )
 
 
-def summary(bench: Bench, task: str, rows: Rows, firsts: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
+def summary(
+    bench: Bench, task: str, rows: Rows, firsts: dict[str, dict[str, dict[str, float]]], floors: dict[str, float]
+) -> dict[str, Any]:
     """Ratios per useful token, what they are made of, and every row."""
     result: dict[str, Any] = {}
     for variant, metrics in firsts.items():
@@ -209,7 +227,10 @@ def summary(bench: Bench, task: str, rows: Rows, firsts: dict[str, dict[str, dic
         }
         examples = bench.found["offline"]["examples"][VARIANTS[task][variant].data]
         result[variant]["data"] = data.described(examples)
+        result[variant]["floor_s"] = floors[variant]
+        result[variant]["fraction_of_floor"] = floors[variant] / result[variant]["ours"]["seconds"]["median"]
         if "trl" in sides:
+            result[variant]["speedup_at_floor"] = result[variant]["trl"]["seconds"]["median"] / floors[variant]
             ours, peer = result[variant]["ours"], result[variant]["trl"]
             result[variant] |= {
                 "speedup": rows.speedup(variant, OURS, sides["trl"]),
@@ -249,6 +270,9 @@ def table(task: str, rows: Rows, result: dict[str, Any]) -> str:
                 f"{side['first_step']['loss']:8.4f}"
             )
         notes.append(f"{variant}: {note(task, found['data'])}")
+        least = f"products and attention alone take {found['floor_s']:.2f} s, {found['fraction_of_floor']:.0%} of ours"
+        most = f"; at that the ratio would be {found['speedup_at_floor']:.2f}" if "speedup" in found else ""
+        notes.append(f"{variant}: {least}{most}")
     return "\n".join([*lines, *notes])
 
 
