@@ -162,11 +162,13 @@ class Group(NamedTuple):
         start: Where the prompt begins.
         prompt: Its length.
         completions: Tokens of each completion that the row holds after it.
+        absent: Whether only the prompt's keys and values are there, and nobody asks for its attention.
     """
 
     start: int
     prompt: int
     completions: tuple[int, ...]
+    absent: bool = False
 
     @property
     def tokens(self) -> int:
@@ -175,8 +177,8 @@ class Group(NamedTuple):
 
     @property
     def shares(self) -> bool:
-        """Whether several completions follow the prompt; a lone one is plain text after it."""
-        return len(self.completions) > 1
+        """Whether completions attend to the prompt apart from themselves; a lone one is plain text after it."""
+        return len(self.completions) > 1 or self.absent
 
 
 class PackedRow(NamedTuple):

@@ -70,7 +70,8 @@ class _Cascade(torch.autograd.Function):
         heads, scale = key.shape[1], ctx.scale
         q, k, v = _queries(query.transpose(1, 2), heads), _keys(key), _keys(value)
         out, grad = _queries(result, heads), _queries(grad_outputs[0], heads)
-        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        d_q = torch.empty_like(q)
+        d_k, d_v = (torch.zeros_like(x) if ctx.layout.absent else torch.empty_like(x) for x in (k, v))
         for block in ctx.layout.blocks:
             g = _take(grad, block)
             if block.padding is not None:

@@ -71,14 +71,16 @@ class KeptPrompts:
         """
         if not self.wanted:
             return read_whole(row, decode)
-        found = [(g, self._of(row, g, decode, variant)) for g in row.groups if self._prompt(row, g) in self.wanted]
+        groups = [group._replace(absent=self._prompt(row, group) in self.wanted) for group in row.groups]
+        found = {group: self._of(row, group, decode, variant) for group in groups if group.absent}
         if not found:
             return read_whole(row, decode)
-        prompts = [c.states for _, c in found]
-        if sum(g.prompt for g, _ in found) == row.ids.shape[1]:  # answers of one token, which predicts nothing
+        prompts = [computed.states for computed in found.values()]
+        if sum(group.prompt for group in found) == row.ids.shape[1]:  # answers of one token, which predicts nothing
             return torch.cat(prompts, 1)
-        absent = Absent([(g.start, g.prompt) for g, _ in found], row.ids.shape[1], [c.keys for _, c in found])
-        layout = layout_of(row.groups, row.ids.device, absent)
+        places = [(group.start, group.prompt) for group in found]
+        absent = Absent(places, row.ids.shape[1], [computed.keys for computed in found.values()])
+        layout = layout_of(groups, row.ids.device, absent)
         states = decode(absent.without(row.ids, 1), absent.without(row.positions, 1), layout)
         return absent.filled(states, prompts, 1)
 

@@ -95,7 +95,7 @@ class Layout:
 
     Args:
         groups: Its prompts and their completions.
-        blocks: Its causal stretches; every token lies in exactly one.
+        blocks: Its causal stretches; every token that is there lies in exactly one.
         ragged: The row for an accelerator; None on a CPU, which reads ``blocks``.
         absent: Which prompts attention finds elsewhere; None has all in the row.
 
@@ -116,7 +116,7 @@ def layout_of(groups: list[Group], device: torch.device, absent: Absent | None =
 
 
 def blocks_of(groups: list[Group], slack: int = SLACK) -> list[Block]:
-    """Causal stretches: each prompt and each completion, but a lone completion together with its prompt.
+    """Causal stretches: each prompt that is there and each completion, but a lone one together with its prompt.
 
     Args:
         groups: Of the row.
@@ -129,7 +129,8 @@ def blocks_of(groups: list[Group], slack: int = SLACK) -> list[Block]:
             continue
         start = group.start
         for length in (group.prompt, *group.completions):
-            stretches.append((length, start))
+            if start > group.start or not group.absent:
+                stretches.append((length, start))
             start += length
     stretches.sort(key=lambda stretch: (-stretch[0], stretch[1]))
     blocks, block = [], stretches[:1]
