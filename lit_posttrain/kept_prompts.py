@@ -18,7 +18,7 @@ from lit_posttrain.layout import Absent, Keys, Layout, layout_of
 from lit_posttrain.types import MicroBatch
 
 # What a pass of its own costs besides its tokens, in tokens: weights are read, gradients of all of them added up.
-PASS_TOKENS = 64
+PASS_TOKENS = 128
 # Share of prompts that are computed again, because their answers were divided, from which on a warning says so.
 _MOST_AGAIN = 1 / 4
 
