@@ -15,7 +15,7 @@ import torch
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from benchmarks import cli, grpo, models, prepare, protocol, rows, scale, train, workers  # noqa: E402
+from benchmarks import cli, grpo, limits_worker, models, prepare, protocol, rows, scale, settings, train, workers  # noqa: E402
 
 TINY = ["--random_init", "tiny-llama", "--threads", "1", "--prompts", "2", "--samples", "4", "--prompt_tokens", "12"]
 TINY += ["--new_tokens", "16", "--device", "cpu", "--quick"]
@@ -279,6 +279,29 @@ def test_the_fastest_micro_batch_is_kept_and_the_others_end(monkeypatch: pytest.
     args.micro_batches = [2]
     with pytest.raises(workers.OutOfMemory, match=r"no memory for any of \[2\]"):
         grpo.best_peer(bench, "ragged", False, tried)
+
+
+def test_results_name_a_model_by_its_place_in_the_repository() -> None:
+    root = SCRIPTS.parent
+    assert settings._from_here(str(root / "models" / "a")) == str(Path("models", "a"))
+    assert settings._from_here("/elsewhere/a") == "/elsewhere/a"
+
+
+def test_floors_of_a_step_without_backward_or_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product and every group's attention counts once, and each call is said to take a second."""
+    shape = limits_worker.Shape([(4, 4)] * 3 + [(9, 4)], layers=2, heads=2, kv_heads=1, width=2)
+    meter = limits_worker.Meter("cpu", torch.float32, shape)
+    called: list[Any] = []
+    monkeypatch.setattr(meter, "seconds", lambda call, budget=0.0: called.append(call()) or 1.0)
+    groups = [[[3, 2, 2], [2, 5]], [[4, 1]]]
+    assert meter.training(groups) == {"linears": 2 * (3 + 1), "attention": 3 * 2}
+    assert meter.training(groups, head=False) == {"linears": 2 * 3, "attention": 3 * 2}
+    called.clear()
+    assert meter.training(groups, backward=False) == {"linears": 2 * (3 + 1), "attention": 3 * 2}
+    assert [len(x) for x in called[:2]] == [
+        3 + 2 + 2 + 2 + 5,
+        2 + 2 + 5,
+    ]  # a forward product gives a row for each token
 
 
 def test_useful_tokens_end_with_the_first_stop() -> None:

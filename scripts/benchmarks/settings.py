@@ -6,7 +6,10 @@ import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from .workers import ROOT
 
 
 @dataclass
@@ -89,7 +92,7 @@ class Bench:
         """The settings that figures of two sections must share to be compared."""
         args = self.args
         return {
-            "model": args.random_init or args.model,
+            "model": args.random_init or _from_here(args.model),
             "random_weights": args.random_init is not None,
             "prompts": args.prompts,
             "samples": args.samples,
@@ -108,3 +111,9 @@ class Bench:
         """A floor of the ``limits`` section; None where it was not measured with these settings."""
         limits = self.results.get("limits")
         return limits[name] if limits is not None and limits["settings"] == self.described() else None
+
+
+def _from_here(folder: str) -> str:
+    """A folder of this repository by its place in it: results are read elsewhere."""
+    inside = Path(folder).absolute()
+    return str(inside.relative_to(ROOT)) if inside.is_relative_to(ROOT) else folder
