@@ -107,6 +107,17 @@ def test_each_prompt_goes_through_the_network_once(tiny_model: Path, budget: int
     assert_equal(kept, as_one(network))
 
 
+def test_in_low_precision_gradients_land_on_the_masters_too(tiny_model: Path) -> None:
+    network = Policy(PolicyConfig(model=str(tiny_model), compute_dtype="bfloat16"))
+    network.sync()
+    batches = parts()
+    kept, again = gradients(network, batches, [network.kept]), gradients(network, batches, [])
+    assert kept.keys() == again.keys() == dict(network.trainable()).keys()
+    for name, gradient in again.items():
+        assert kept[name].dtype == torch.float32
+        assert float((kept[name] - gradient).norm() / gradient.norm()) < 0.05, name
+
+
 def test_scores_without_gradients_are_kept_too(tiny_model: Path) -> None:
     network = policy(tiny_model)
     sequences = rows()
