@@ -117,7 +117,7 @@ def test_a_packed_row_holds_each_token_that_predicts_once_and_nothing_else() -> 
     row = pack(sequences)
     assert row.ids.tolist() == [[5, 6, 7, 1, 2, 8, 4]]  # without the last token of each sequence, which predicts none
     assert row.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1]]
-    assert [tuple(group)[:3] for group in row.groups] == [(0, 3, (2,)), (5, 1, (1,))]
+    assert [tuple(group) for group in row.groups] == [(0, 3, (2,), False), (5, 1, (1,), False)]
     assert row.states.tolist()[0][:5] == [0, 1, 2, 3, 4]
     assert row.states.tolist()[1][:2] == [5, 6]
     assert packed_tokens(3, [3, 0, 1]) + packed_tokens(1, [2]) == 7
@@ -171,7 +171,7 @@ def test_a_packed_row_keeps_the_tokens_that_are_scored() -> None:
     row = pack(sequences, last=True)
     assert row.ids.tolist() == [[5, 6, 7, 1, 2, 3, 1, 8, 4, 9]]
     assert row.positions.tolist() == [[0, 1, 2, 3, 4, 5, 3, 0, 1, 2]]
-    assert [tuple(group)[:3] for group in row.groups] == [(0, 3, (3, 1)), (7, 1, (2,))]
+    assert [tuple(group) for group in row.groups] == [(0, 3, (3, 1), False), (7, 1, (2,), False)]
     assert [row.states.tolist()[i][n - 1] for i, n in enumerate(sequences.lengths.tolist())] == [5, 9, 6]
 
 

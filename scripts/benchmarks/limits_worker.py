@@ -169,8 +169,11 @@ class Meter:
         total = 0.0
         for (out, inner), count in Counter(linears).items():
             x, w, dy = self.random(rows, inner), self.random(out, inner), self.random(rows, out)
-            every = lambda x=x, w=w, dy=dy: (linear(x, w), dy @ w, dy.t() @ x)  # noqa: E731
-            total += count * self.seconds(every if backward else lambda x=x, w=w: linear(x, w), 0.2)
+
+            def call(x: Tensor = x, w: Tensor = w, dy: Tensor = dy) -> Any:
+                return (linear(x, w), dy @ w, dy.t() @ x) if backward else linear(x, w)
+
+            total += count * self.seconds(call, 0.2)
         return total
 
     def _group_attention(self, prompt: int, completions: int, width: int, *, backward: bool) -> float:
@@ -191,14 +194,14 @@ class Meter:
                 seen = torch.ones(queries, keys, dtype=torch.bool, device=self.device).tril(keys - queries)
             calls.append((q, k, v, seen, torch.ones_like(q)))
 
-        def both() -> None:
+        def call() -> None:
             for q, k, v, seen, gradient in calls:
                 with torch.set_grad_enabled(backward):
                     out = scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
                 if backward:
                     torch.autograd.grad(out, (q, k, v), gradient)
 
-        return self.seconds(both, 0.1)
+        return self.seconds(call, 0.1)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from . import offline_data as data
 from .grpo import OURS, memory, trl_name
 from .rows import Rows, say
 from .settings import Bench
+from .train import filled
 from .workers import BenchError, OutOfMemory, Worker, interleaved
 
 # Gates look closely at the first two steps, which then cost more; the peer makes as many, so that steps correspond.
@@ -182,12 +183,9 @@ def measure(
 
 def floor(bench: Bench, task: str, comparison: Comparison) -> float:
     """Seconds of a step's products and attention alone, every prompt once: what no implementation of ours undercuts."""
-    batches: list[list[list[int]]] = [[]]
-    for e in bench.found["offline"]["examples"][comparison.data]:
-        group = [len(e["prompt"]), *map(len, e["completions"])]
-        if batches[-1] and sum(map(sum, batches[-1])) + sum(group) > bench.setup()["token_budget"]:
-            batches.append([])
-        batches[-1].append(group)
+    examples = bench.found["offline"]["examples"][comparison.data]
+    groups = [[len(e["prompt"]), *map(len, e["completions"])] for e in examples]
+    batches = filled(groups, bench.setup()["token_budget"], sum)
     with Worker("limits", "limits_worker", bench.setup(), bench.env) as worker:
         seconds = sum(worker.request(what="training", batches=batches, head=task != "rm").values())
         if task == "dpo" and not comparison.cached:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -30,19 +31,23 @@ def sequences(bench: Bench) -> tuple[list[list[int]], list[list[int]]]:
 
 def micro_batches(bench: Bench, prompts: list[list[int]], completions: list[list[int]]) -> list[list[list[int]]]:
     """Whole groups as ``[prompt, *completions]`` in tokens, as many as the token budget holds."""
-    budget, each = bench.setup()["token_budget"], bench.args.samples
+    each = bench.args.samples
     groups = [
         [len(prompt), *(len(c) for c in completions[i * each : (i + 1) * each])] for i, prompt in enumerate(prompts)
     ]
+    return filled(groups, bench.setup()["token_budget"], lambda group: group[0] + len(group[1:]) * max(group[1:]))
+
+
+def filled(groups: Sequence[list[int]], budget: int, size: Callable[[list[int]], int]) -> list[list[list[int]]]:
+    """Groups in their order, as many together as the budget holds by their size; one beyond it goes alone."""
     batches: list[list[list[int]]] = []
     full = 0
     for group in groups:
-        size = group[0] + len(group[1:]) * max(group[1:])
-        if not batches or full + size > budget:
+        if not batches or full + size(group) > budget:
             batches.append([])
             full = 0
         batches[-1].append(group)
-        full += size
+        full += size(group)
     return batches
 
 

@@ -22,7 +22,7 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESH
 TCMALLOC = ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4")
 SHOWN_LINES = 25
 # What a process writes when it is refused memory; the kernel kills one without a word.
-_NO_MEMORY = ("OutOfMemoryError", "can't allocate memory", "MemoryError", "std::bad_alloc")
+_NO_MEMORY = ("MemoryError", "can't allocate memory", "std::bad_alloc")
 
 
 class BenchError(Exception):
