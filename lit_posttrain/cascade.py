@@ -49,7 +49,7 @@ class _Cascade(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
         q, k, v = _queries(query.transpose(1, 2), key.shape[1]), _keys(key), _keys(value)
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1])
+        out, lse = _empty_like(q), q.new_empty(q.shape[:-1])
         for block in layout.blocks:
             part, normaliser = _attend(*(_take(x, block) for x in (q, k, v)), causal=True, scale=scale)
             _put(out, block, part)
@@ -70,8 +70,10 @@ class _Cascade(torch.autograd.Function):
         heads, scale = key.shape[1], ctx.scale
         q, k, v = _queries(query.transpose(1, 2), heads), _keys(key), _keys(value)
         out, grad = _queries(result, heads), _queries(grad_outputs[0], heads)
-        d_q = torch.empty_like(q)
-        d_k, d_v = (torch.zeros_like(x) if ctx.layout.absent else torch.empty_like(x) for x in (k, v))
+        d_q, d_k, d_v = (_empty_like(x) for x in (q, k, v))
+        if ctx.layout.absent:  # nobody asks for what their prompts' own keys get
+            d_k.zero_()
+            d_v.zero_()
         for block in ctx.layout.blocks:
             g = _take(grad, block)
             if block.padding is not None:
@@ -156,11 +158,15 @@ def _keys(x: Tensor) -> Tensor:
 
 
 def _exact(x: Tensor) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x if x.stride(-1) == 1 else x.contiguous()  # flash reads heads and tokens wherever they lie
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """As a row has it: token by token in memory."""
+    return x.new_empty((x.shape[1], x.shape[0], *x.shape[2:])).transpose(0, 1)
 
 
 def _row(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Back to ``[1, n, h, d]``."""
-    row = x.new_empty((x.shape[1], x.shape[0], *x.shape[2:]), dtype=dtype)
-    return row.copy_(x.transpose(0, 1)).flatten(1, 2)[None]
+    return x.transpose(0, 1).flatten(1, 2)[None].to(dtype)

@@ -7,7 +7,7 @@ last micro-batch with answers to the prompt is done, and go through the prompt f
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -120,7 +120,14 @@ def _leaf(x: Tensor, made: list[tuple[Tensor, Tensor]]) -> Tensor:
     return leaf
 
 
-def prompts_once(batches: Sequence[MicroBatch], keepers: Sequence[KeptPrompts]) -> Iterator[MicroBatch]:
+@runtime_checkable
+class Keeper(Protocol):
+    """A network with what it keeps."""
+
+    kept: KeptPrompts
+
+
+def prompts_once(batches: Sequence[MicroBatch], networks: Sequence[Keeper]) -> Iterator[MicroBatch]:
     """The micro-batches one after another, each to be gone through (backward too) before the next is asked for.
 
     Between them networks keep what they computed of a prompt that several in a row hold, where that saves more than it
@@ -128,11 +135,11 @@ def prompts_once(batches: Sequence[MicroBatch], keepers: Sequence[KeptPrompts]) 
 
     Args:
         batches: On whatever device.
-        keepers: Of the networks that they go through.
+        networks: That they go through.
     """
-    able = [kept for kept in keepers if kept.able]
+    able = [network.kept for network in networks if network.kept.able]
     parts = _parts(batches)
-    if any(kept.able is False for kept in keepers):
+    if any(network.kept.able is False for network in networks):
         _say_what_is_computed_again(batches, parts)
     parts = {p: own for p, own in parts.items() if _again(p, own) > PASS_TOKENS and _follow_one_another(own)}
     try:

@@ -137,6 +137,7 @@ class Policy(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.stash: Stash | None = None
         self.kept = KeptPrompts()
+        self.gathers = False  # whether backward may add to gradients itself
 
     def load(self, config: PolicyConfig) -> PreTrainedModel:
         """The HF network, seen to be one that can be sampled and scored."""
@@ -149,6 +150,7 @@ class Policy(nn.Module):
         self.compute_dtype = resolve_dtype(self.config.compute_dtype, device)
         view_dtype = torch.float32 if sharded else self.compute_dtype
         self.view = ComputeView(self.model, view_dtype)
+        self.gathers = device.type == "cpu" and not sharded
         # Sharded passes are collectives, and what a further pass costs an accelerator is not measured.
         plain = not (sharded or self.config.compile_layers or self.config.gradient_checkpointing)
         self.kept.able = (plain and device.type == "cpu") if self.shares_prompts else None

@@ -84,6 +84,10 @@ class ComputeView:
             else:
                 master.data = low.data
 
+    def master(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer owns of a parameter of ``module``."""
+        return next((master for master, low in self.pairs if low is parameter), parameter)
+
     @torch.no_grad()
     def sync(self) -> None:
         """Re-make the view from the masters; call after every change of them."""
@@ -93,6 +97,12 @@ class ComputeView:
 
 
 def _move_grad(master: nn.Parameter, low: nn.Parameter) -> None:
-    assert low.grad is not None
-    master.grad = low.grad.float() if master.grad is None else add_widened_(master.grad, low.grad)
-    low.grad = None
+    grad, low.grad = low.grad, None
+    if grad is None:  # it was gathered
+        return
+    if master.grad is None:
+        master.grad = grad.float()
+    elif grad.is_sparse:
+        master.grad.index_add_(0, grad._indices()[0], grad._values().to(master.dtype))
+    else:
+        add_widened_(master.grad, grad)

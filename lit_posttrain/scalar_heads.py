@@ -121,7 +121,7 @@ class Scorer:
         packed = self.network.packs(sequences.ids.shape[1])
         scores = torch.zeros(len(sequences.ids))
         batches = split(sequences, sequences.completion_mask(), {}, self.token_budget, packed=packed)
-        for batch in prompts_once(batches, [self.network.kept]):
+        for batch in prompts_once(batches, [self.network]):
             rows = to_device(batch, self.device).sequences
             scores[batch.rows] = self.network.normalised(self.network(rows, last_tokens(rows))).cpu()
         return scores.tolist()

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_posttrain import kept_prompts
 from lit_posttrain.batching import pad_sequences, split
 from lit_posttrain.critic import ValuePolicy
-from lit_posttrain.kept_prompts import KeptPrompts, prompts_once
+from lit_posttrain.kept_prompts import prompts_once
 from lit_posttrain.policy import LoraConfig, Policy, PolicyConfig, causal_lm
 from lit_posttrain.scalar_heads import ScoreNetwork
 from lit_posttrain.types import MicroBatch, Sequences
@@ -48,10 +48,10 @@ def weights_of(mask: Tensor) -> Tensor:
     return torch.arange(1, mask.numel() + 1).view(mask.shape).sin()
 
 
-def gradients(network: Policy, batches: list[MicroBatch], keepers: list[KeptPrompts]) -> dict[str, Tensor]:
+def gradients(network: Policy, batches: list[MicroBatch], networks: list[Policy]) -> dict[str, Tensor]:
     network.zero_grad()
     whole = weights_of(rows().completion_mask())
-    for batch in prompts_once(batches, keepers):
+    for batch in prompts_once(batches, networks):
         scored = network(batch.sequences, batch.mask, 0.8)
         (scored.log_probs * whole[batch.rows, : batch.mask.shape[1]]).sum().backward()
     return {name: p.grad.clone() for name, p in network.trainable() if p.grad is not None}
@@ -90,7 +90,7 @@ def test_gradients_are_those_of_one_padded_pass(architecture_folder, architectur
     network = policy(architecture_folder(architecture))
     batches = parts()
     assert len(batches) > 2
-    assert_equal(gradients(network, batches, [network.kept]), as_one(network))
+    assert_equal(gradients(network, batches, [network]), as_one(network))
 
 
 @pytest.mark.parametrize("budget", [46, 90, 1])
@@ -98,7 +98,7 @@ def test_each_prompt_goes_through_the_network_once(tiny_model: Path, budget: int
     network = policy(tiny_model)
     batches = parts(budget)
     with counted(network) as seen:
-        kept = gradients(network, batches, [network.kept])
+        kept = gradients(network, batches, [network])
     assert sum(seen) == TOKENS
     with counted(network) as seen:
         again = gradients(network, batches, [])
@@ -111,7 +111,7 @@ def test_in_low_precision_gradients_land_on_the_masters_too(tiny_model: Path) ->
     network = Policy(PolicyConfig(model=str(tiny_model), compute_dtype="bfloat16"))
     network.sync()
     batches = parts()
-    kept, again = gradients(network, batches, [network.kept]), gradients(network, batches, [])
+    kept, again = gradients(network, batches, [network]), gradients(network, batches, [])
     assert kept.keys() == again.keys() == dict(network.trainable()).keys()
     for name, gradient in again.items():
         assert kept[name].dtype == torch.float32
@@ -124,7 +124,7 @@ def test_scores_without_gradients_are_kept_too(tiny_model: Path) -> None:
     with torch.no_grad(), counted(network) as seen:
         expected = network(sequences, sequences.completion_mask(), 1.0).log_probs
         assert seen.pop() == TOKENS
-        for batch in prompts_once(parts(), [network.kept]):
+        for batch in prompts_once(parts(), [network]):
             found = network(batch.sequences, batch.mask, 1.0).log_probs
             torch.testing.assert_close(found, expected[batch.rows, : found.shape[1]], atol=1e-5, rtol=1e-5)
         assert sum(seen) == TOKENS
@@ -142,7 +142,7 @@ def test_scores_and_losses_in_one_turn_do_not_share_a_graph(tiny_model: Path) ->
         return real(*arguments, **named)
 
     network.forward = twice  # type: ignore[method-assign]
-    assert_equal(gradients(network, parts(), [network.kept]), expected)
+    assert_equal(gradients(network, parts(), [network]), expected)
 
 
 def test_adapters_on_and_off_are_kept_apart(tiny_model: Path) -> None:
@@ -157,11 +157,11 @@ def test_adapters_on_and_off_are_kept_apart(tiny_model: Path) -> None:
     with torch.no_grad():
         expected = [network(sequences, mask, 1.0, adapters=on).log_probs for on in (True, False)]
         assert not torch.allclose(*expected, atol=1e-2)
-        for batch in prompts_once(parts(), [network.kept]):
+        for batch in prompts_once(parts(), [network]):
             for on, whole in zip((True, False), expected, strict=True):
                 found = network(batch.sequences, batch.mask, 1.0, adapters=on).log_probs
                 torch.testing.assert_close(found, whole[batch.rows, : found.shape[1]], atol=1e-5, rtol=1e-5)
-    assert_equal(gradients(network, parts(), [network.kept]), as_one(network))
+    assert_equal(gradients(network, parts(), [network]), as_one(network))
 
 
 def test_changed_weights_are_seen_at_once(tiny_model: Path) -> None:
@@ -169,7 +169,7 @@ def test_changed_weights_are_seen_at_once(tiny_model: Path) -> None:
     network, other = policy(tiny_model), policy(tiny_model)
     sequences = rows()
     with torch.no_grad():
-        for i, batch in enumerate(prompts_once(parts(), [network.kept])):
+        for i, batch in enumerate(prompts_once(parts(), [network])):
             network(batch.sequences, batch.mask, 1.0)
             for p in network.model.parameters():
                 p.mul_(1.25 if i % 2 else 0.8)
@@ -193,15 +193,15 @@ def test_values_and_rewards_are_kept_as_well(tiny_model: Path, kind: type[Policy
         at = torch.nn.functional.pad(batch.mask, (0, 1))
         return at.float().masked_scatter(at, network(batch.sequences, at))[:, :-1]
 
-    def learned(batches: list[MicroBatch], keepers: list[KeptPrompts]) -> dict[str, Tensor]:
+    def learned(batches: list[MicroBatch], networks: list[Policy]) -> dict[str, Tensor]:
         network.zero_grad()
         whole = weights_of(rows().completion_mask())
-        for batch in prompts_once(batches, keepers):
+        for batch in prompts_once(batches, networks):
             (values(batch) * whole[batch.rows, : batch.mask.shape[1]]).sum().backward()
         return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
     with counted(network) as seen:
-        kept = learned(parts(), [network.kept])
+        kept = learned(parts(), [network])
     assert sum(seen) == TOKENS
     network.shares_prompts = False
     assert_equal(kept, learned(parts(10_000), []))
@@ -213,7 +213,7 @@ def test_nothing_is_kept_where_it_costs_more_than_it_saves(tiny_model: Path, mon
     for limit in (39, 40):  # the first prompt comes in two parts, the second in one
         monkeypatch.setattr(kept_prompts, "PASS_TOKENS", limit)
         with counted(network) as seen:
-            gradients(network, parts(), [network.kept])
+            gradients(network, parts(), [network])
         counts.append(sum(seen))
     assert counts == [TOKENS, TOKENS + 40]
 
@@ -225,7 +225,7 @@ def test_a_prompt_does_not_wait_for_micro_batches_without_it(tiny_model: Path) -
     order = [*batches[:2], batches[4], *batches[2:4], batches[5]]
     most = 0
     with counted(network) as seen:
-        for batch in prompts_once(order, [network.kept]):
+        for batch in prompts_once(order, [network]):
             network(batch.sequences, batch.mask, 1.0).log_probs.sum().backward()
             most = max(most, len(network.kept._computed))
     assert most == 0
@@ -234,10 +234,10 @@ def test_a_prompt_does_not_wait_for_micro_batches_without_it(tiny_model: Path) -
 
 def test_nothing_stays_behind(tiny_model: Path) -> None:
     network = policy(tiny_model)
-    gradients(network, parts(), [network.kept])
+    gradients(network, parts(), [network])
     assert not network.kept.wanted
     assert not network.kept._computed
-    batches = prompts_once(parts(), [network.kept])
+    batches = prompts_once(parts(), [network])
     batch = next(batches)
     network(batch.sequences, batch.mask, 1.0)
     assert network.kept._computed
@@ -254,14 +254,14 @@ def test_networks_that_go_without_say_what_they_compute_again(tiny_model: Path, 
     for budget, said in ((46, 1), (10_000, 0)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            assert len(list(prompts_once(parts(budget), [network.kept]))) == len(parts(budget))
+            assert len(list(prompts_once(parts(budget), [network]))) == len(parts(budget))
         assert ["token_budget: it divides" in str(w.message) for w in caught] == [True] * said
     short = pad_sequences([[1]] * 4, [[1] * 9] * 4)  # 1 of 38 tokens again
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         divided = split(short, short.completion_mask(), {}, 17, packed=True)
-        assert len(list(prompts_once(divided, [network.kept]))) == 2
+        assert len(list(prompts_once(divided, [network]))) == 2
     able = policy(tiny_model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        list(prompts_once(parts(), [able.kept]))
+        list(prompts_once(parts(), [able]))

@@ -17,7 +17,8 @@ from lit_posttrain.algorithms.reporting import Reporting
 from lit_posttrain.algorithms.structure import require_same, structure_of
 from lit_posttrain.batching import TOKEN_BUDGETS, to_device
 from lit_posttrain.functional.masked import Totals
-from lit_posttrain.kept_prompts import KeptPrompts, prompts_once
+from lit_posttrain.gathering import gathering
+from lit_posttrain.kept_prompts import prompts_once
 from lit_posttrain.policy import Policy, PolicyConfig, load_tokenizer
 from lit_posttrain.precision import require_full_precision
 from lit_posttrain.reference import Reference
@@ -125,10 +126,10 @@ class PostTrainModule(Reporting, ABC):
         """What the optimizer gets: the policy's trainable parameters, or groups that each have a ``name``."""
         return [p for _, p in self.built_policy().trainable()]
 
-    def keepers(self) -> list[KeptPrompts]:
-        """Of every network that micro-batches go through."""
+    def networks(self) -> list[Policy]:
+        """Every one that micro-batches go through."""
         apart = None if self.reference is None else self.reference.network
-        return [network.kept for network in (self.built_policy(), apart) if network is not None]
+        return [network for network in (self.built_policy(), apart) if network is not None]
 
     def sync_views(self) -> None:
         """Re-make every compute view; called after every change of parameters."""
@@ -180,9 +181,9 @@ class PostTrainModule(Reporting, ABC):
         apart: dict[str, float] = {}
         for stream in streams:
             held = take_gradients(parameters)
-            if len(stream.micro_batches) > 1 and world_size() == 1:  # ranks must agree on which gradients there are
-                make_gradients(parameters)  # side by side, not between the temporaries of the first backward
-            self._accumulate(stream, metrics, extremes)
+            several = len(stream.micro_batches) > 1 and world_size() == 1  # ranks must agree on which have gradients
+            with gathering(self.networks(), parameters) if several else nullcontext():
+                self._accumulate(stream, metrics, extremes)
             if stream.done is not None:
                 stream.done()
             if isinstance(self.trainer.strategy, DDPStrategy):
@@ -224,7 +225,7 @@ class PostTrainModule(Reporting, ABC):
         unsynced = model.no_sync() if isinstance(self.trainer.strategy, DDPStrategy) else nullcontext()  # pyright: ignore
         with unsynced:
             batches = same_number(stream.micro_batches, stream.idle_columns, self.device)
-            for batch in prompts_once(batches, self.keepers()):
+            for batch in prompts_once(batches, self.networks()):
                 out = stream.loss(to_device(batch, self.device), stream.totals)
                 # Gradients are averaged over ranks, and the loss is a sum over them.
                 self.manual_backward(out.loss * world_size())

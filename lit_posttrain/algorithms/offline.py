@@ -103,7 +103,7 @@ class OfflineModule(PostTrainModule):
         # The loss's own layout: in low precision another one rounds otherwise, and reference and policy would differ.
         together = batch.columns["group"] if self.together else None
         batches = split(batch.sequences, batch.mask, {}, self.token_budget, rows, packed=packed, together=together)
-        for micro_batch in prompts_once(same_number(batches, {}, self.device), self.keepers()):
+        for micro_batch in prompts_once(same_number(batches, {}, self.device), self.networks()):
             yield to_device(micro_batch, self.device)
             self.advance()
 

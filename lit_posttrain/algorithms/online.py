@@ -214,7 +214,7 @@ class OnlineModule(WatchedModule):
         # The same micro-batches as a single update's, so that in low precision both round alike.
         batches = split(rollout.sequences, rollout.mask, {}, self.token_budget, packed=self._packs(rollout))
         with self.timed_phase("scoring", len(batches)):
-            for batch in prompts_once(same_number(batches, {}, self.device), self.keepers()):
+            for batch in prompts_once(same_number(batches, {}, self.device), self.networks()):
                 moved, width = to_device(batch, self.device), batch.mask.shape[1]
                 for scorer in scorers:
                     for name, values in scorer(moved).items():

@@ -21,8 +21,7 @@ from lit_posttrain.functional.returns import (
     generalised_advantages,
     token_rewards,
 )
-from lit_posttrain.kept_prompts import KeptPrompts
-from lit_posttrain.policy import PolicyConfig
+from lit_posttrain.policy import Policy, PolicyConfig
 from lit_posttrain.ppo_objective import PPOObjective
 from lit_posttrain.rewards.base import RewardFunction
 from lit_posttrain.rollout.collect import Rollout
@@ -121,9 +120,9 @@ class PPO(OnlineModule):
             self.critic.build_view(self.device, sharded=False)
         return self.critic
 
-    def keepers(self) -> list[KeptPrompts]:
-        """Also the critic's."""
-        return super().keepers() if self.critic is None else [*super().keepers(), self.built_critic().kept]
+    def networks(self) -> list[Policy]:
+        """Also the critic."""
+        return super().networks() if self.critic is None else [*super().networks(), self.built_critic()]
 
     def sync_views(self) -> None:
         """Also the critic's."""

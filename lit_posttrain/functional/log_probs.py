@@ -4,25 +4,26 @@ The only place where tokens are shifted by one: result position *i* scores token
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_posttrain.functional.products import add_widened_, has_avx2_alone, pack, packed_product, packs
 
-# Bytes of logits that exist at one time. The products gain from many positions at once, and the fp32 sum of the
-# weight's gradient is touched once a chunk.
-CHUNK_BYTES = 2**26
-# On a CPU the product that makes them is fastest for some hundred positions at a time,
-CPU_PRODUCT_ELEMENTS = 2**23
-# and the passes of the softmax where the cache holds what they read.
+# Bytes of logits that exist at one time. Products gain from many positions at once, the fp32 sum of the weight's
+# gradient is touched once a chunk, and backward does not make the first chunk again.
+CHUNK_BYTES = 2**27
+# On a CPU the passes of the softmax are fastest where the cache holds what they read.
 CPU_CACHE_ELEMENTS = 2**20
 # From this many positions on, a product is worth the time it takes to reorder the weight: where bf16 or wide vectors
 # multiply, and in fp32 on a CPU with AVX2 alone (there 560 positions gain nothing and 1,076 an eighth).
 PACKED_FROM, PACKED_FROM_AVX2 = 256, 1024
+# Attribute of a weight: the parameter whose gradient takes up the weight's.
+_OWNER = "_lit_posttrain_gathered_in"
 
 
 class TokenLogProbs(NamedTuple):
@@ -42,6 +43,23 @@ class TokenLogProbs(NamedTuple):
     mean_logits: Float[Tensor, "b t"] | None = None
 
 
+@contextmanager
+def gathered_in(weight: Tensor, owner: nn.Parameter) -> Iterator[None]:
+    """Passes that are made inside add the gradient of ``weight`` to ``owner.grad``; autograd gets none of it.
+
+    A gradient of the whole weight is then no array of its own. Where the owner has no gradient, autograd gets one.
+
+    Args:
+        weight: Of an unembedding.
+        owner: The same parameter, or the one in fp32 that it was made from.
+    """
+    setattr(weight, _OWNER, owner)
+    try:
+        yield
+    finally:
+        delattr(weight, _OWNER)
+
+
 class _Head(NamedTuple):
     """The map from states to logits: softcap * tanh(scale * (h W^T + bias) / softcap) / temperature."""
 
@@ -50,8 +68,8 @@ class _Head(NamedTuple):
     scale: float | None
 
     def logits(self, product: Float[Tensor, "n v"], bias: Float[Tensor, " v"] | None) -> Float[Tensor, "n v"]:
-        """Logits in the accumulation dtype from h W^T, which is used up where it has that dtype already."""
-        logits = product.to(_accumulation_dtype(product.dtype))
+        """Logits from h W^T, in place; in the accumulation dtype."""
+        logits = product
         if bias is not None:
             logits += bias
         if self.scale is not None:
@@ -77,21 +95,21 @@ class _Product:
     Args:
         weight: W.
         states: h.
-        kept: Of the first positions, what an earlier pass computed.
+        ahead: Positions to be computed.
     """
 
-    def __init__(self, weight: Float[Tensor, "v d"], states: Float[Tensor, "n d"], kept: Tensor | None = None):
-        self.weight, self.states, self.kept = weight, states, kept
-        ahead = len(states) - (0 if kept is None else len(kept))
+    def __init__(self, weight: Float[Tensor, "v d"], states: Float[Tensor, "n d"], ahead: int):
+        self.weight, self.states = weight, states
         plain = weight.dtype == torch.float32 and has_avx2_alone()
         worth_it = ahead >= (PACKED_FROM_AVX2 if plain else PACKED_FROM)
         self.packed = pack(weight) if worth_it and packs(weight) else None
 
-    def __call__(self, where: slice) -> Float[Tensor, "n v"]:
-        if self.kept is not None and where.stop <= len(self.kept):
-            return self.kept[where]
-        states = self.states[where]
-        return states @ self.weight.T if self.packed is None else packed_product(states, self.packed)
+    def __call__(self, where: slice, place: Float[Tensor, "n v"], *, keep: bool) -> Float[Tensor, "n v"]:
+        """In ``place`` if it is to be kept there, else where it costs least."""
+        if self.packed is None:
+            return torch.mm(self.states[where], self.weight.T, out=place)
+        product = packed_product(self.states[where], self.packed)
+        return place.copy_(product) if keep else product
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -115,26 +133,33 @@ class _ChunkedLogProbs(torch.autograd.Function):
         keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs and entropy ``[n]``, and ``[2, n]`` of whether the target is the likeliest and the mean logit."""
-        product = _Product(weight.to(states.dtype), states)
-        kept = states.new_empty(min(chunk, len(states)), len(weight)) if keep else None
+        product = _Product(weight.to(states.dtype), states, len(states))
+        first, *others = stretches = _stretches(len(states), chunk)
+        place = states.new_empty(first.stop, len(weight))
+        spare = states.new_empty(others[0].stop - others[0].start if others else 0, len(weight)) if keep else place
         dtype = _accumulation_dtype(states.dtype)
         log_probs, normaliser = (torch.empty(len(states), dtype=dtype, device=states.device) for _ in range(2))
         entropy = torch.zeros(len(states) if with_entropy else 0, dtype=dtype, device=states.device)
         measured = torch.zeros(2, len(entropy), dtype=dtype, device=states.device)
-        for part, logits in _logits(head, product, bias, slice(0, len(states)), chunk, kept):
-            at_target = logits.gather(1, targets[part, None])[:, 0]
-            peak = logits.amax(-1)
-            if with_entropy:
-                measured[0, part], measured[1, part] = at_target == peak, logits.mean(-1)
-            shifted = logits.sub_(peak[:, None])
-            mass = shifted.exp()
-            total = mass.sum(-1)
-            normaliser[part] = total.log().add_(peak)
-            log_probs[part] = at_target - normaliser[part]
-            if with_entropy:  # log Z - E[logit]
-                entropy[part] = total.log() - mass.mul_(shifted).sum(-1) / total
+        for stretch in stretches:
+            kept = keep and stretch is first
+            room = (place if stretch is first else spare)[: stretch.stop - stretch.start]
+            together = product(stretch, room, keep=kept)
+            for part, logits in _logits(head, together, bias, stretch, copy=kept):
+                at_target = logits.gather(1, targets[part, None])[:, 0]
+                peak = logits.amax(-1)
+                if with_entropy:
+                    measured[0, part], measured[1, part] = at_target == peak, logits.mean(-1)
+                shifted = logits.sub_(peak[:, None])
+                mass = shifted.exp()
+                total = mass.sum(-1)
+                normaliser[part] = total.log().add_(peak)
+                log_probs[part] = at_target - normaliser[part]
+                if with_entropy:  # log Z - E[logit]
+                    entropy[part] = total.log() - mass.mul_(shifted).sum(-1) / total
         ctx.save_for_backward(states, weight, bias, targets, normaliser, entropy)
-        ctx.head, ctx.chunk, ctx.kept = head, chunk, kept
+        ctx.head, ctx.chunk, ctx.kept = head, chunk, place if keep else None
+        ctx.owner = getattr(weight, _OWNER, None)
         ctx.mark_non_differentiable(measured)
         ctx.set_materialize_grads(False)
         return log_probs, entropy, measured
@@ -151,15 +176,19 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for_entropy = grad_outputs[1]
         head, dtype = ctx.head, normaliser.dtype
         kept, ctx.kept = ctx.kept, None  # used up: a second backward makes it again
-        product = _Product(weight.to(states.dtype), states, kept)
-        place = states.new_empty(min(ctx.chunk, len(states)), len(weight)) if kept is None else kept
+        first, *_ = stretches = _stretches(len(states), ctx.chunk)
+        product = _Product(weight.to(states.dtype), states, len(states) - (0 if kept is None else first.stop))
+        place = states.new_empty(first.stop, len(weight)) if kept is None else kept
         for_states, for_weight, for_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if for_states else None
-        d_weight = None
+        gathered = None if ctx.owner is None else ctx.owner.grad
+        d_weight = gathered
         d_bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if for_bias else None
-        for chunk in _parts(0, len(states), ctx.chunk):
-            d_product = place[: chunk.stop - chunk.start]
-            for part, logits in _logits(head, product, bias, chunk, ctx.chunk):
+        for stretch in stretches:
+            d_product = place[: stretch.stop - stretch.start]
+            known = kept is not None and stretch is first
+            together = d_product if known else product(stretch, d_product, keep=False)
+            for part, logits in _logits(head, together, bias, stretch):
                 d_logits = logits.sub(normaliser[part, None]).exp_().mul_(-grad[part, None])  # g (1[target] - softmax)
                 d_logits.scatter_add_(1, targets[part, None], grad[part, None])
                 if for_entropy is not None:  # dH / dlogit = -p (log p + H)
@@ -168,16 +197,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 head.chain_(d_logits, logits)
                 if d_bias is not None:
                     d_bias += d_logits.sum(0)
-                d_product[part.start - chunk.start : part.stop - chunk.start] = d_logits
+                d_product[part.start - stretch.start : part.stop - stretch.start] = d_logits
             if d_states is not None:
-                torch.mm(d_product, product.weight, out=d_states[chunk])
+                torch.mm(d_product, product.weight, out=d_states[stretch])
             if for_weight:
-                d_weight = _with_weight_gradient(d_weight, d_product, states[chunk], more=chunk.stop < len(states))
+                more = stretch is not stretches[-1]
+                d_weight = _with_weight_gradient(d_weight, d_product, states[stretch], more=more)
         if for_weight and d_weight is None:
             d_weight = torch.zeros_like(weight)
         return (
             d_states,
-            None if d_weight is None else d_weight.to(weight.dtype),
+            None if d_weight is None or gathered is not None else d_weight.to(weight.dtype),
             None if d_bias is None or bias is None else d_bias.to(bias.dtype),
             *(None,) * 5,
         )
@@ -249,7 +279,7 @@ def _with_weight_gradient(total: Tensor | None, d_product: Tensor, states: Tenso
     """``total`` plus a chunk's gradient of W: fp32 over the chunks, since bf16 would lose what every further one adds.
 
     Args:
-        total: None at the first chunk.
+        total: Of earlier chunks, if there are any; changed in place.
         d_product: Gradient of the chunk's h W^T.
         states: The chunk's h.
         more: Whether chunks follow.
@@ -264,25 +294,21 @@ def _with_weight_gradient(total: Tensor | None, d_product: Tensor, states: Tenso
 
 
 def _logits(
-    head: _Head, product: _Product, bias: Tensor | None, among: slice, chunk: int, kept: Tensor | None = None
-) -> Iterator[tuple[slice, Float[Tensor, "n v"]]]:
-    """The logits of positions ``among``, as many at a time as is fastest, and never more than ``chunk``.
+    head: _Head, product: Float[Tensor, "n v"], bias: Tensor | None, stretch: slice, *, copy: bool = False
+) -> Iterator[tuple[slice, Float[Tensor, "m v"]]]:
+    """The logits of a stretch of positions, as many at a time as is fastest; ``product`` is used up, or copied."""
+    step = max(1, len(product))
+    if product.device.type == "cpu":
+        step = max(1, CPU_CACHE_ELEMENTS // product.shape[1])
+    dtype = _accumulation_dtype(product.dtype)
+    for part in _parts(stretch.start, stretch.stop, step):
+        piece = product[part.start - stretch.start : part.stop - stretch.start]
+        yield part, head.logits(piece.to(dtype, copy=copy), bias)
 
-    ``kept`` receives the products of the first positions.
-    """
-    at_once = in_cache = chunk
-    if product.states.device.type == "cpu":
-        vocabulary = len(product.weight)
-        at_once = min(chunk, max(1, CPU_PRODUCT_ELEMENTS // vocabulary))
-        in_cache = min(chunk, max(1, CPU_CACHE_ELEMENTS // vocabulary))
-    # Chunk by chunk, so that both passes have the same stretches.
-    outers = [o for c in _parts(among.start, among.stop, chunk) for o in _parts(c.start, c.stop, at_once)]
-    for outer in outers:
-        together = product(outer)
-        if kept is not None and outer.stop <= len(kept):
-            kept[outer] = together
-        for part in _parts(outer.start, outer.stop, in_cache):
-            yield part, head.logits(together[part.start - outer.start : part.stop - outer.start], bias)
+
+def _stretches(positions: int, chunk: int) -> list[slice]:
+    """Positions whose logits exist together: a chunk, which may be kept, and then halves of one."""
+    return [slice(0, min(chunk, positions)), *_parts(chunk, positions, max(1, chunk // 2))]
 
 
 def _parts(start: int, stop: int, step: int) -> list[slice]:
