@@ -1,6 +1,6 @@
 """From rows to micro-batches within a token budget: how memory is bounded without touching the objective."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,11 +48,14 @@ def split(
             beyond the budget.
     """
     chosen = torch.arange(len(sequences.ids)) if rows is None else rows
+    if packed:
+        by_prompt = rows_of_prompts(sequences, chosen.tolist()).values()
+        units = by_prompt if together is None else _units(sequences, chosen, together)
+        found = _first_fit(sequences, units, token_budget, divide=together is None)
+        return [take(sequences, mask, columns, index) for index in found]
     if together is not None:
         units = _units(sequences, chosen, together)
-        return [take(sequences, mask, columns, i) for i in _whole_units(sequences, units, token_budget, packed)]
-    if packed:
-        return [take(sequences, mask, columns, index) for index in _by_prompt(sequences, chosen, token_budget)]
+        return [take(sequences, mask, columns, index) for index in _whole_units(sequences, units, token_budget)]
     lengths = sequences.lengths[chosen].tolist()
     order = sorted(range(len(chosen)), key=lambda i: (-lengths[i], i))
     batches, group = [], []
@@ -76,22 +79,48 @@ def rows_of_prompts(sequences: Sequences, rows: Sequence[int]) -> dict[tuple[int
     return groups
 
 
-def _by_prompt(sequences: Sequences, chosen: Int[Tensor, " n"], token_budget: int) -> list[Int[Tensor, " m"]]:
+def _first_fit(
+    sequences: Sequences, units: Iterable[list[int]], token_budget: int, *, divide: bool
+) -> list[Int[Tensor, " m"]]:
+    """Packed micro-batches of units of rows: from the largest on, each goes into the first that has room for it.
+
+    Args:
+        sequences: All rows.
+        units: Row numbers.
+        token_budget: Of a micro-batch.
+        divide: A unit beyond the budget, of one prompt, is divided; its parts follow one another. Else it goes alone.
+    """
     prompts, lengths = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
-    batches: list[list[int]] = [[]]
-    full = 0  # tokens in the batch
-    for rows in rows_of_prompts(sequences, chosen.tolist()).values():
-        rows.sort(key=lambda r: (-lengths[r], r))
-        shared = 0  # tokens of the prompt, once the batch holds it
-        for row in rows:
-            whole = packed_tokens(prompts[row], [lengths[row] - prompts[row]])
-            if batches[-1] and full + whole - shared > token_budget:
-                batches.append([])
-                full = shared = 0
-            full += whole - shared
-            shared = prompts[row]
-            batches[-1].append(row)
-    return [torch.tensor(batch) for batch in batches if batch]
+    sizes = [(_packed_size(sequences, rows), rows) for rows in units]
+    batches: list[list[int]] = []
+    room: list[int] = []  # tokens that each has left
+    for size, rows in sorted(sizes, key=lambda unit: (-unit[0], unit[1][0])):
+        if divide and size > token_budget:
+            shared = 0  # tokens of the prompt, once the last micro-batch holds it
+            for row in sorted(rows, key=lambda r: (-lengths[r], r)):
+                tokens = packed_tokens(prompts[row], [lengths[row] - prompts[row]])
+                if not batches or tokens - shared > room[-1]:
+                    batches.append([])
+                    room.append(token_budget)
+                    shared = 0
+                batches[-1].append(row)
+                room[-1] -= tokens - shared
+                shared = prompts[row]
+            continue
+        place = next((i for i, left in enumerate(room) if size <= left), len(room))
+        if place == len(room):
+            batches.append([])
+            room.append(token_budget)
+        batches[place] += rows
+        room[place] -= size
+    return [torch.tensor(batch) for batch in batches]
+
+
+def _packed_size(sequences: Sequences, rows: list[int]) -> int:
+    """Tokens of these rows in a packed row."""
+    lengths = sequences.lengths.tolist()
+    own = rows_of_prompts(sequences, rows).items()
+    return sum(packed_tokens(len(prompt), [lengths[r] - len(prompt) for r in rows]) for prompt, rows in own)
 
 
 def _units(sequences: Sequences, chosen: Int[Tensor, " n"], together: Int[Tensor, " b"]) -> list[list[int]]:
@@ -103,28 +132,15 @@ def _units(sequences: Sequences, chosen: Int[Tensor, " n"], together: Int[Tensor
     return sorted(units.values(), key=lambda rows: -max(lengths[r] for r in rows))
 
 
-def _whole_units(
-    sequences: Sequences, units: list[list[int]], token_budget: int, packed: bool
-) -> list[Int[Tensor, " m"]]:
+def _whole_units(sequences: Sequences, units: list[list[int]], token_budget: int) -> list[Int[Tensor, " m"]]:
+    """Padded micro-batches of units of rows, all as wide as the longest."""
     lengths = sequences.lengths.tolist()
-
-    def tokens(rows: list[int]) -> int:
-        if not packed:
-            return len(rows) * max(lengths[r] for r in rows)
-        prompts = rows_of_prompts(sequences, rows)
-        return sum(packed_tokens(len(p), [lengths[r] - len(p) for r in own]) for p, own in prompts.items())
-
     batches: list[list[int]] = [[]]
-    full = 0
     for rows in units:
-        # Packed, what units add up to is exact but for prompts that two of them share; padded, all are as wide as the
-        # longest.
-        together = full + tokens(rows) if packed else tokens(batches[-1] + rows)
-        if batches[-1] and together > token_budget:
+        together = batches[-1] + rows
+        if batches[-1] and len(together) * max(lengths[r] for r in together) > token_budget:
             batches.append([])
-            together = tokens(rows)
         batches[-1] += rows
-        full = together
     return [torch.tensor(batch) for batch in batches if batch]
 
 

@@ -131,6 +131,53 @@ def test_packed_micro_batches_are_filled_up_to_the_budget() -> None:
         assert [b.rows.tolist() for b in split(sequences, mask, {}, budget, packed=True)] == expected
 
 
+def test_packed_micro_batches_are_as_few_as_first_fit_makes_them() -> None:
+    """Prompts of 2 tokens and an answer each, the last token of which predicts nothing: 5, 3, 5 and 7 tokens."""
+    sequences = pad_sequences([[i, i] for i in range(4)], [[9] * 4, [9] * 2, [9] * 4, [9] * 6])
+    for together in (None, torch.arange(4)):
+        batches = split(sequences, sequences.completion_mask(), {}, 10, packed=True, together=together)
+        assert [b.rows.tolist() for b in batches] == [[3, 1], [0, 2]]
+
+
+def test_a_prompts_answers_are_divided_only_beyond_the_budget() -> None:
+    """Its parts follow one another, and what fits whole goes where there is room: 3 + 3 + 1 + 1, 2 + 4 and 1 + 2."""
+    sequences = pad_sequences([[5] * 3] * 3 + [[6] * 2, [7]], [[1] * 2, [1] * 4, [1] * 2, [2] * 5, [3] * 3])
+    for budget, expected in ((8, [[0, 1, 2], [3], [4]]), (7, [[1, 0], [2, 4], [3]]), (11, [[0, 1, 2, 4], [3]])):
+        batches = split(sequences, sequences.completion_mask(), {}, budget, packed=True)
+        assert [b.rows.tolist() for b in batches] == expected
+
+
+def test_parts_of_two_prompts_share_a_micro_batch() -> None:
+    """Of 1 and 2 tokens, with four and three answers: 1 + 2 + 2 + 2, then 1 + 2 and 2 + 2, then 2 + 2 + 2."""
+    sequences = pad_sequences([[5] * 2] * 3 + [[6]] * 4, [[1] * 3] * 7)
+    batches = split(sequences, sequences.completion_mask(), {}, 7, packed=True)
+    assert [b.rows.tolist() for b in batches] == [[3, 4, 5], [6, 0], [1, 2]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.lists(
+        st.tuples(st.integers(1, 9), st.lists(st.integers(1, 9), min_size=1, max_size=4)), min_size=1, max_size=9
+    ),
+    budget=st.integers(1, 60),
+)
+def test_no_two_packed_micro_batches_would_fit_into_one(groups: list[tuple[int, list[int]]], budget: int) -> None:
+    sizes = [packed_tokens(prompt, answers) for prompt, answers in groups]
+    prompts = [[i + 1] * prompt for i, (prompt, answers) in enumerate(groups) for _ in answers]
+    sequences = pad_sequences(prompts, [[1] * n for _, answers in groups for n in answers])
+    of = [i for i, (_, answers) in enumerate(groups) for _ in answers]
+    batches = split(sequences, sequences.completion_mask(), {}, budget, packed=True)
+    held = [{of[r] for r in batch.rows.tolist()} for batch in batches]
+    for i, size in enumerate(sizes):
+        places = [k for k, members in enumerate(held) if i in members]
+        assert places == list(range(places[0], places[0] + len(places)))
+        assert len(places) == 1 or size > budget
+    tokens = [pack(batch.sequences).ids.shape[1] for batch in batches]
+    for k, j in itertools.combinations(range(len(batches)), 2):
+        whole = all(sizes[i] <= budget for i in held[k] | held[j])
+        assert not whole or tokens[k] + tokens[j] > budget
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     units=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=7),

@@ -33,7 +33,7 @@ def rows() -> Sequences:
 
 
 def parts(budget: int = 46) -> list[MicroBatch]:
-    """The first prompt's answers in several micro-batches, one of them shared with the second's."""
+    """The first prompt's answers in several micro-batches."""
     sequences = rows()
     return split(sequences, sequences.completion_mask(), {}, budget, packed=True)
 
@@ -48,21 +48,23 @@ def weights_of(mask: Tensor) -> Tensor:
     return torch.arange(1, mask.numel() + 1).view(mask.shape).sin()
 
 
-def gradients(network: Policy, batches: list[MicroBatch], networks: list[Policy]) -> dict[str, Tensor]:
+def gradients(
+    network: Policy, batches: list[MicroBatch], networks: list[Policy], sequences: Sequences | None = None
+) -> dict[str, Tensor]:
     network.zero_grad()
-    whole = weights_of(rows().completion_mask())
+    whole = weights_of((sequences or rows()).completion_mask())
     for batch in prompts_once(batches, networks):
         scored = network(batch.sequences, batch.mask, 0.8)
         (scored.log_probs * whole[batch.rows, : batch.mask.shape[1]]).sum().backward()
     return {name: p.grad.clone() for name, p in network.trainable() if p.grad is not None}
 
 
-def as_one(network: Policy) -> dict[str, Tensor]:
+def as_one(network: Policy, sequences: Sequences | None = None) -> dict[str, Tensor]:
     """All rows padded, in one pass: nothing is shared or kept."""
     shares, network.shares_prompts = network.shares_prompts, False
-    sequences = rows()
-    batch = MicroBatch(sequences, sequences.completion_mask(), {}, torch.arange(len(ANSWERS)))
-    made = gradients(network, [batch], [])
+    sequences = sequences or rows()
+    batch = MicroBatch(sequences, sequences.completion_mask(), {}, torch.arange(len(sequences.ids)))
+    made = gradients(network, [batch], [], sequences)
     network.shares_prompts = shares
     return made
 
@@ -93,7 +95,7 @@ def test_gradients_are_those_of_one_padded_pass(architecture_folder, architectur
     assert_equal(gradients(network, batches, [network]), as_one(network))
 
 
-@pytest.mark.parametrize("budget", [46, 90, 1])
+@pytest.mark.parametrize("budget", [46, 42, 1])
 def test_each_prompt_goes_through_the_network_once(tiny_model: Path, budget: int) -> None:
     network = policy(tiny_model)
     batches = parts(budget)
@@ -105,6 +107,17 @@ def test_each_prompt_goes_through_the_network_once(tiny_model: Path, budget: int
     assert sum(seen) >= TOKENS + 39
     assert_equal(kept, again)
     assert_equal(kept, as_one(network))
+
+
+def test_parts_of_two_prompts_in_one_micro_batch(tiny_model: Path) -> None:
+    network = policy(tiny_model)
+    sequences = pad_sequences([[5] * 20] * 6 + [[6] * 19] * 15, [[7] * 10] * 6 + [[8, 9, 10, 11]] * 15)
+    batches = split(sequences, sequences.completion_mask(), {}, 60, packed=True)
+    assert any({0, 1} == {int(r >= 6) for r in batch.rows} for batch in batches)
+    with counted(network) as seen:
+        kept = gradients(network, batches, [network], sequences)
+    assert sum(seen) == 20 + 6 * 9 + 19 + 15 * 3
+    assert_equal(kept, as_one(network, sequences))
 
 
 def test_in_low_precision_gradients_land_on_the_masters_too(tiny_model: Path) -> None:

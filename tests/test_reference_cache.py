@@ -225,7 +225,8 @@ def test_mismatched_completions_are_cached_too(tiny_model: Path, tmp_path: Path)
     expected, got = curves(tmp_path / "computed"), curves(tmp_path / "read")
     assert got.keys() == expected.keys()
     for tag, values in expected.items():
-        assert got[tag] == pytest.approx(values, rel=1e-5, abs=1e-6), tag
+        # Margins are small differences of sums of 60 nats, whose last fp32 digit is 4e-6.
+        assert got[tag] == pytest.approx(values, rel=1e-5, abs=1e-5), tag
     assert run.reference.released
     parts = ["train", *(f"train-mismatched-{e}" for e in range(-(-5 // found.iterations_per_epoch)))]
     assert sorted(f.name.rsplit("-", 1)[0] for f in cache.glob("*")) == [*parts, "val", "val-mismatched"]
