@@ -110,6 +110,12 @@ def test_no_array_as_large_as_the_vocabulary_is_made(architecture_folder, archit
     assert arrays_of_backward(network, gathered) == 0
 
 
+def test_in_low_precision_the_heads_product_alone_is_made(tiny_model: Path) -> None:
+    network = policy(tiny_model, "bfloat16")
+    assert arrays_of_backward(network, by_autograd) > 2
+    assert arrays_of_backward(network, gathered) == 1
+
+
 def test_a_network_without_vocabulary_head(tiny_model: Path) -> None:
     network = policy(tiny_model, kind=ScoreNetwork)
     assert_equal(gradients(network, gathered), gradients(network, by_autograd))
