@@ -1,6 +1,6 @@
 """From rows to micro-batches within a token budget: how memory is bounded without touching the objective."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,9 @@ from lit_posttrain.types import MicroBatch, Sequences
 # Defaults of algorithms: what is kept of a token takes twice as much memory in fp32. A prompt and 8 completions of 128
 # tokens fit into 1,152; 1,024 would divide them.
 TOKEN_BUDGETS = {torch.float32: 768, torch.bfloat16: 1152}
+# Rows that are compared stay together: with a few hundred tokens to a pair 768 would often hold one, and a quarter stay
+# empty.
+TOGETHER_BUDGET = 1152
 
 
 def pad_sequences(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Sequences:
@@ -49,7 +52,7 @@ def split(
     """
     chosen = torch.arange(len(sequences.ids)) if rows is None else rows
     if packed:
-        by_prompt = rows_of_prompts(sequences, chosen.tolist()).values()
+        by_prompt = list(rows_of_prompts(sequences, chosen.tolist()).values())
         units = by_prompt if together is None else _units(sequences, chosen, together)
         found = _first_fit(sequences, units, token_budget, divide=together is None)
         return [take(sequences, mask, columns, index) for index in found]
@@ -80,7 +83,7 @@ def rows_of_prompts(sequences: Sequences, rows: Sequence[int]) -> dict[tuple[int
 
 
 def _first_fit(
-    sequences: Sequences, units: Iterable[list[int]], token_budget: int, *, divide: bool
+    sequences: Sequences, units: Sequence[list[int]], token_budget: int, *, divide: bool
 ) -> list[Int[Tensor, " m"]]:
     """Packed micro-batches of units of rows: from the largest on, each goes into the first that has room for it.
 
@@ -91,10 +94,9 @@ def _first_fit(
         divide: A unit beyond the budget, of one prompt, is divided; its parts follow one another. Else it goes alone.
     """
     prompts, lengths = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
-    sizes = [(_packed_size(sequences, rows), rows) for rows in units]
     batches: list[list[int]] = []
     room: list[int] = []  # tokens that each has left
-    for size, rows in sorted(sizes, key=lambda unit: (-unit[0], unit[1][0])):
+    for size, rows in sorted(_sized(sequences, units), key=lambda unit: (-unit[0], unit[1][0])):
         if divide and size > token_budget:
             shared = 0  # tokens of the prompt, once the last micro-batch holds it
             for row in sorted(rows, key=lambda r: (-lengths[r], r)):
@@ -116,11 +118,19 @@ def _first_fit(
     return [torch.tensor(batch) for batch in batches]
 
 
-def _packed_size(sequences: Sequences, rows: list[int]) -> int:
-    """Tokens of these rows in a packed row."""
-    lengths = sequences.lengths.tolist()
-    own = rows_of_prompts(sequences, rows).items()
-    return sum(packed_tokens(len(prompt), [lengths[r] - len(prompt) for r in rows]) for prompt, rows in own)
+def _sized(sequences: Sequences, units: Sequence[list[int]]) -> list[tuple[int, list[int]]]:
+    """Units after the tokens that each takes in a packed row."""
+    prompts, lengths = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
+    alike = rows_of_prompts(sequences, [row for rows in units for row in rows]).values()
+    prompt_of = {row: k for k, rows in enumerate(alike) for row in rows}
+    sized = []
+    for rows in units:
+        answers: dict[int, list[int]] = {}
+        for row in rows:
+            answers.setdefault(prompt_of[row], []).append(row)
+        sizes = (packed_tokens(prompts[own[0]], [lengths[r] - prompts[r] for r in own]) for own in answers.values())
+        sized.append((sum(sizes), rows))
+    return sized
 
 
 def _units(sequences: Sequences, chosen: Int[Tensor, " n"], together: Int[Tensor, " b"]) -> list[list[int]]:

@@ -105,6 +105,14 @@ class Steps:
         self.answers.append(values)
 
 
+def test_ours_has_the_budget_that_its_algorithm_has() -> None:
+    found = {"token_budget": 768, "together_budget": 1152}
+    bench: Any = SimpleNamespace(args=SimpleNamespace(token_budget=None), found=found)
+    assert [offline.token_budget(bench, task) for task in ("sft", "rm", "dpo")] == [768, 1152, 1152]
+    bench.args.token_budget = 5
+    assert [offline.token_budget(bench, task) for task in ("sft", "dpo")] == [5, 5]
+
+
 @pytest.fixture(scope="module")
 def prepared(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("prepared")

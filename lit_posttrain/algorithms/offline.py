@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_posttrain import gates
 from lit_posttrain.algorithms.base import PostTrainModule
-from lit_posttrain.batching import split, to_device
+from lit_posttrain.batching import TOGETHER_BUDGET, split, to_device
 from lit_posttrain.functional.masked import Totals
 from lit_posttrain.kept_prompts import prompts_once
 from lit_posttrain.policy import Policy
@@ -49,6 +49,11 @@ class OfflineModule(PostTrainModule):
     def rows(self, batch: ExampleBatch) -> Tensor | None:
         """Which rows the loss sees; all by default."""
         return None
+
+    @property
+    def token_budget(self) -> int:
+        """The setting, or what suits the precision and rows that stay together."""
+        return self._token_budget or (TOGETHER_BUDGET if self.together else super().token_budget)
 
     # --- one step ---------------------------------------------------------------------------------------------
 

@@ -106,8 +106,8 @@ class RewardModel(ScoringModule):
         optimizer: Gets the trainable parameters.
         scheduler: Learning-rate schedule, stepped once an iteration.
         max_grad_norm: Gradients are clipped to this global norm; null leaves them.
-        token_budget: Most tokens, padding included, in one forward pass; null is 768 in fp32 and 1,152 in
-            bf16. Sets memory, never the objective.
+        token_budget: Most tokens, padding included, in one forward pass; null is 1,152. Sets memory, never the
+            objective.
     """
 
     together = True

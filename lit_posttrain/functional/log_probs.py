@@ -239,7 +239,7 @@ def token_log_probs(
         bias: Of the unembedding.
         softcap: Final soft cap c: c tanh(logits / c) before the temperature (Gemma).
         scale: Multiplies the logits before the soft cap (Cohere's ``logit_scale``, 1 / ``logits_scaling`` of Granite).
-        chunk: Positions whose logits exist at one time. None fits 64 MiB of logits.
+        chunk: Positions whose logits exist at one time. None fits 128 MiB of logits.
         with_entropy: Whether the same pass also gives the entropy and what comes with it.
         entropy_gradient: Whether gradients flow through the entropy.
 

@@ -69,6 +69,7 @@ def run(task: str, bench: Bench) -> dict[str, Any]:
         firsts[variant] = measure(bench, task, variant, layout, rows)
         floors[variant] = floor(bench, task, comparison)
     result = {**summary(bench, task, rows, firsts, floors), "micro_batches": tried, "order": rows.order()}
+    result["settings"] = {"token_budget": token_budget(bench, task)}
     say("\n" + table(task, rows, result))
     return result
 
@@ -80,9 +81,15 @@ def setup(bench: Bench, task: str, comparison: Comparison) -> dict[str, Any]:
         task=task,
         model=offline["classifier"] if task == "rm" else bench.model,
         examples=offline["examples"][comparison.data],
+        token_budget=token_budget(bench, task),
         rate=RATES[task],
         checked=list(CHECKED[task]),
     )
+
+
+def token_budget(bench: Bench, task: str) -> int:
+    """Of our micro-batches: what was asked for, or the algorithm's default."""
+    return bench.args.token_budget or bench.found["token_budget" if task == "sft" else "together_budget"]
 
 
 def start_ours(bench: Bench, task: str, comparison: Comparison) -> Worker:
@@ -185,7 +192,7 @@ def floor(bench: Bench, task: str, comparison: Comparison) -> float:
     """Seconds of a step's products and attention alone, every prompt once: what no implementation of ours undercuts."""
     examples = bench.found["offline"]["examples"][comparison.data]
     groups = [[len(e["prompt"]), *map(len, e["completions"])] for e in examples]
-    batches = filled(groups, bench.setup()["token_budget"], sum)
+    batches = filled(groups, token_budget(bench, task), sum)
     with Worker("limits", "limits_worker", bench.setup(), bench.env) as worker:
         seconds = sum(worker.request(what="training", batches=batches, head=task != "rm").values())
         if task == "dpo" and not comparison.cached:

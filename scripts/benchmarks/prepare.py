@@ -22,7 +22,7 @@ def main() -> None:
     setup = channel.receive()
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from lit_posttrain.batching import TOKEN_BUDGETS
+    from lit_posttrain.batching import TOGETHER_BUDGET, TOKEN_BUDGETS
     from lit_posttrain.precision import multiplies_bfloat16
 
     device = setup["device"]
@@ -50,6 +50,7 @@ def main() -> None:
         dtype=dtype,
         multiplies_bfloat16=bf16,
         token_budget=TOKEN_BUDGETS[getattr(torch, dtype)],
+        together_budget=TOGETHER_BUDGET,
         fixed_prompts=random_prompts,
         natural_prompts=chat or random_prompts,
         natural_source="chat questions" if chat else "random tokens",

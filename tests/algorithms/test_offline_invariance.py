@@ -51,6 +51,20 @@ def two_steps(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
     return {kind: state(trained(kind, tiny_model, folder / kind, lr=0.1, token_budget=4096)) for kind in KINDS}
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "budget"),
+    [("sft", "float32", 768), ("sft", "bfloat16", 1152), ("kto", "float32", 768)]
+    + [(kind, dtype, 1152) for kind in ("rm", "dpo") for dtype in ("float32", "bfloat16")],
+)
+def test_the_default_budget_suits_precision_and_what_stays_together(
+    kind: str, dtype: Any, budget: int, tiny_model: Path
+) -> None:
+    run = module(kind, tiny_model)
+    run.policy = Policy(PolicyConfig(model=str(tiny_model), compute_dtype=dtype))
+    assert run.token_budget == budget
+    assert module(kind, tiny_model, token_budget=7).token_budget == 7
+
+
 @pytest.mark.trap(15)
 @pytest.mark.parametrize("layout", ["1", "40", "padded", "padded 40"])
 @pytest.mark.parametrize("kind", sorted(KINDS))
