@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_posttrain.functional.log_probs import gathered_in
+from lit_posttrain.functional.log_probs import GATHERED_IN
 from lit_posttrain.policy import Policy, causal_lm
 from lit_posttrain.sharding import make_gradients
 
@@ -40,11 +40,11 @@ def _in_place(network: Policy) -> Iterator[None]:
     embedding: Any = lm.get_input_embeddings()
     head: Any = lm.get_output_embeddings()
     before, embedding.sparse = embedding.sparse, True
+    if head is not None:
+        setattr(head.weight, GATHERED_IN, network.view.master(head.weight))
     try:
-        if head is None:
-            yield
-        else:
-            with gathered_in(head.weight, network.view.master(head.weight)):
-                yield
+        yield
     finally:
         embedding.sparse = before
+        if head is not None:
+            delattr(head.weight, GATHERED_IN)

@@ -23,6 +23,7 @@ LAYERS = [
     ["model_files"],
     ["scoring"],
     ["policy"],
+    ["gathering"],
     ["beside"],
     ["durable", "position", "checkpoint"],
     ["reference"],

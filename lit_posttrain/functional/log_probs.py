@@ -4,12 +4,11 @@ The only place where tokens are shifted by one: result position *i* scores token
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_posttrain.functional.products import add_widened_, has_avx2_alone, pack, packed_product, packs
@@ -22,8 +21,9 @@ CPU_CACHE_ELEMENTS = 2**20
 # From this many positions on, a product is worth the time it takes to reorder the weight: where bf16 or wide vectors
 # multiply, and in fp32 on a CPU with AVX2 alone (there 560 positions gain nothing and 1,076 an eighth).
 PACKED_FROM, PACKED_FROM_AVX2 = 256, 1024
-# Attribute of a weight: the parameter whose gradient takes up the weight's.
-_OWNER = "_lit_posttrain_gathered_in"
+# An attribute that a weight may have: the parameter whose gradient, where there is one, backward adds the weight's to.
+# Autograd then gets none of it, and no array of its size is made.
+GATHERED_IN = "_lit_posttrain_gathered_in"
 
 
 class TokenLogProbs(NamedTuple):
@@ -41,23 +41,6 @@ class TokenLogProbs(NamedTuple):
     entropy: Float[Tensor, "b t"] | None
     likeliest: Float[Tensor, "b t"] | None = None
     mean_logits: Float[Tensor, "b t"] | None = None
-
-
-@contextmanager
-def gathered_in(weight: Tensor, owner: nn.Parameter) -> Iterator[None]:
-    """Passes that are made inside add the gradient of ``weight`` to ``owner.grad``; autograd gets none of it.
-
-    A gradient of the whole weight is then no array of its own. Where the owner has no gradient, autograd gets one.
-
-    Args:
-        weight: Of an unembedding.
-        owner: The same parameter, or the one in fp32 that it was made from.
-    """
-    setattr(weight, _OWNER, owner)
-    try:
-        yield
-    finally:
-        delattr(weight, _OWNER)
 
 
 class _Head(NamedTuple):
@@ -159,7 +142,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                     entropy[part] = total.log() - mass.mul_(shifted).sum(-1) / total
         ctx.save_for_backward(states, weight, bias, targets, normaliser, entropy)
         ctx.head, ctx.chunk, ctx.kept = head, chunk, place if keep else None
-        ctx.owner = getattr(weight, _OWNER, None)
+        ctx.owner = getattr(weight, GATHERED_IN, None)
         ctx.mark_non_differentiable(measured)
         ctx.set_materialize_grads(False)
         return log_probs, entropy, measured
