@@ -51,13 +51,11 @@ def split(
             beyond the budget.
     """
     chosen = torch.arange(len(sequences.ids)) if rows is None else rows
+    units = None if together is None else _units(chosen, together)
     if packed:
-        by_prompt = list(rows_of_prompts(sequences, chosen.tolist()).values())
-        units = by_prompt if together is None else _units(sequences, chosen, together)
-        found = _first_fit(sequences, units, token_budget, divide=together is None)
+        found = _first_fit(sequences, chosen, units, token_budget)
         return [take(sequences, mask, columns, index) for index in found]
-    if together is not None:
-        units = _units(sequences, chosen, together)
+    if units is not None:
         return [take(sequences, mask, columns, index) for index in _whole_units(sequences, units, token_budget)]
     lengths = sequences.lengths[chosen].tolist()
     order = sorted(range(len(chosen)), key=lambda i: (-lengths[i], i))
@@ -83,46 +81,48 @@ def rows_of_prompts(sequences: Sequences, rows: Sequence[int]) -> dict[tuple[int
 
 
 def _first_fit(
-    sequences: Sequences, units: Sequence[list[int]], token_budget: int, *, divide: bool
+    sequences: Sequences, chosen: Int[Tensor, " n"], units: list[list[int]] | None, token_budget: int
 ) -> list[Int[Tensor, " m"]]:
     """Packed micro-batches of units of rows: from the largest on, each goes into the first that has room for it.
 
     Args:
         sequences: All rows.
-        units: Row numbers.
+        chosen: Rows to take.
+        units: Those that stay together; None takes the rows of a prompt, and divides these beyond the budget: their
+            parts then follow one another.
         token_budget: Of a micro-batch.
-        divide: A unit beyond the budget, of one prompt, is divided; its parts follow one another. Else it goes alone.
     """
     prompts, lengths = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
+    by_prompt = list(rows_of_prompts(sequences, chosen.tolist()).values())
     batches: list[list[int]] = []
     room: list[int] = []  # tokens that each has left
-    for size, rows in sorted(_sized(sequences, units), key=lambda unit: (-unit[0], unit[1][0])):
-        if divide and size > token_budget:
-            shared = 0  # tokens of the prompt, once the last micro-batch holds it
-            for row in sorted(rows, key=lambda r: (-lengths[r], r)):
-                tokens = packed_tokens(prompts[row], [lengths[row] - prompts[row]])
-                if not batches or tokens - shared > room[-1]:
-                    batches.append([])
-                    room.append(token_budget)
-                    shared = 0
-                batches[-1].append(row)
-                room[-1] -= tokens - shared
-                shared = prompts[row]
-            continue
-        place = next((i for i, left in enumerate(room) if size <= left), len(room))
-        if place == len(room):
+
+    def put(place: int, rows: list[int], tokens: int) -> None:
+        if place == len(batches):
             batches.append([])
             room.append(token_budget)
         batches[place] += rows
-        room[place] -= size
+        room[place] -= tokens
+
+    for size, rows in _from_the_largest(sequences, by_prompt, by_prompt if units is None else units):
+        if size <= token_budget or units is not None:
+            put(next((i for i, left in enumerate(room) if size <= left), len(room)), rows, size)
+            continue
+        shared = 0  # tokens of the prompt, once the last micro-batch holds it
+        for row in sorted(rows, key=lambda r: (-lengths[r], r)):
+            tokens = packed_tokens(prompts[row], [lengths[row] - prompts[row]])
+            fits = bool(room) and tokens - shared <= room[-1]
+            put(len(room) - fits, [row], tokens - shared if fits else tokens)
+            shared = prompts[row]
     return [torch.tensor(batch) for batch in batches]
 
 
-def _sized(sequences: Sequences, units: Sequence[list[int]]) -> list[tuple[int, list[int]]]:
+def _from_the_largest(
+    sequences: Sequences, by_prompt: list[list[int]], units: list[list[int]]
+) -> list[tuple[int, list[int]]]:
     """Units after the tokens that each takes in a packed row."""
     prompts, lengths = sequences.prompt_lengths.tolist(), sequences.lengths.tolist()
-    alike = rows_of_prompts(sequences, [row for rows in units for row in rows]).values()
-    prompt_of = {row: k for k, rows in enumerate(alike) for row in rows}
+    prompt_of = {row: k for k, rows in enumerate(by_prompt) for row in rows}
     sized = []
     for rows in units:
         answers: dict[int, list[int]] = {}
@@ -130,23 +130,22 @@ def _sized(sequences: Sequences, units: Sequence[list[int]]) -> list[tuple[int, 
             answers.setdefault(prompt_of[row], []).append(row)
         sizes = (packed_tokens(prompts[own[0]], [lengths[r] - prompts[r] for r in own]) for own in answers.values())
         sized.append((sum(sizes), rows))
-    return sized
+    return sorted(sized, key=lambda unit: (-unit[0], unit[1][0]))
 
 
-def _units(sequences: Sequences, chosen: Int[Tensor, " n"], together: Int[Tensor, " b"]) -> list[list[int]]:
-    """Rows that stay together, from the longest unit to the shortest."""
+def _units(chosen: Int[Tensor, " n"], together: Int[Tensor, " b"]) -> list[list[int]]:
+    """Rows that stay together."""
     units: dict[int, list[int]] = {}
     for row in chosen.tolist():
         units.setdefault(int(together[row]), []).append(row)
-    lengths = sequences.lengths.tolist()
-    return sorted(units.values(), key=lambda rows: -max(lengths[r] for r in rows))
+    return list(units.values())
 
 
 def _whole_units(sequences: Sequences, units: list[list[int]], token_budget: int) -> list[Int[Tensor, " m"]]:
-    """Padded micro-batches of units of rows, all as wide as the longest."""
+    """Padded micro-batches of units of rows, from the longest to the shortest, all as wide as the longest."""
     lengths = sequences.lengths.tolist()
     batches: list[list[int]] = [[]]
-    for rows in units:
+    for rows in sorted(units, key=lambda rows: -max(lengths[r] for r in rows)):
         together = batches[-1] + rows
         if batches[-1] and len(together) * max(lengths[r] for r in together) > token_budget:
             batches.append([])

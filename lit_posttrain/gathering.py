@@ -25,7 +25,7 @@ def gathering(networks: Sequence[Policy], parameters: Sequence[nn.Parameter]) ->
         networks: That backward goes through.
         parameters: What is trained. Others of the networks may have gradients too.
     """
-    make_gradients(parameters)
+    make_gradients(parameters)  # side by side, not between the temporaries of the first backward
     with ExitStack() as stack:
         for network in networks:
             if network.gathers:

@@ -197,9 +197,9 @@ def test_held_out_examples_have_a_file_of_their_own(tiny_model: Path, tmp_path: 
 
 
 def kto(model: Path, folder: Path, steps: int, cache: Path | None, **overrides: Any) -> tuple[Any, list[float], Any]:
-    """A run over labelled completions; its losses; its data."""
+    """A run over labelled completions, each in a pass of its own so that all round alike; its losses; its data."""
     folder.mkdir(parents=True, exist_ok=True)
-    run = module("kto", model, lr=1.0, beta=0.5, reference_cache=None if cache is None else str(cache))
+    run = module("kto", model, lr=1.0, beta=0.5, reference_cache=None if cache is None else str(cache), token_budget=1)
     recorder = Recorder(run)
     found = data("kto", model, folder, val_size=5, held_out_percent=40, val_batch_size=2)
     fit(
@@ -225,8 +225,7 @@ def test_mismatched_completions_are_cached_too(tiny_model: Path, tmp_path: Path)
     expected, got = curves(tmp_path / "computed"), curves(tmp_path / "read")
     assert got.keys() == expected.keys()
     for tag, values in expected.items():
-        # Margins are small differences of sums of 60 nats, whose last fp32 digit is 4e-6.
-        assert got[tag] == pytest.approx(values, rel=1e-5, abs=1e-5), tag
+        assert got[tag] == pytest.approx(values, rel=1e-5, abs=1e-6), tag
     assert run.reference.released
     parts = ["train", *(f"train-mismatched-{e}" for e in range(-(-5 // found.iterations_per_epoch)))]
     assert sorted(f.name.rsplit("-", 1)[0] for f in cache.glob("*")) == [*parts, "val", "val-mismatched"]

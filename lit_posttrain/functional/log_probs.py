@@ -50,9 +50,8 @@ class _Head(NamedTuple):
     softcap: float | None
     scale: float | None
 
-    def logits(self, product: Float[Tensor, "n v"], bias: Float[Tensor, " v"] | None) -> Float[Tensor, "n v"]:
-        """Logits from h W^T, in place; in the accumulation dtype."""
-        logits = product
+    def logits(self, logits: Float[Tensor, "n v"], bias: Float[Tensor, " v"] | None) -> Float[Tensor, "n v"]:
+        """Logits from h W^T in the accumulation dtype, in place."""
         if bias is not None:
             logits += bias
         if self.scale is not None:

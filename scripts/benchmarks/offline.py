@@ -68,8 +68,8 @@ def run(task: str, bench: Bench) -> dict[str, Any]:
         layout = best_layout(bench, task, comparison, tried) if trl else None
         firsts[variant] = measure(bench, task, variant, layout, rows)
         floors[variant] = floor(bench, task, comparison)
-    result = {**summary(bench, task, rows, firsts, floors), "micro_batches": tried, "order": rows.order()}
-    result["settings"] = {"token_budget": token_budget(bench, task)}
+    more = {"micro_batches": tried, "order": rows.order(), "settings": {"token_budget": token_budget(bench, task)}}
+    result = {**summary(bench, task, rows, firsts, floors), **more}
     say("\n" + table(task, rows, result))
     return result
 
