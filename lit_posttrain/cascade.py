@@ -92,12 +92,12 @@ class _Cascade(torch.autograd.Function):
 
 
 def _shared(groups: list[Group]) -> list[tuple[slice, slice]]:
-    """Of each prompt with several completions: where it stands, and where they do."""
+    """Of each prompt that completions attend to apart from themselves: where it stands, and where they do."""
     middles = [group.start + group.prompt for group in groups]
     return [
         (slice(group.start, middle), slice(middle, group.start + group.tokens))
         for group, middle in zip(groups, middles, strict=True)
-        if group.shares
+        if group.shares and group.completions  # a flash call without queries divides by zero
     ]
 
 

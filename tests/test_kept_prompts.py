@@ -120,6 +120,16 @@ def test_parts_of_two_prompts_in_one_micro_batch(tiny_model: Path) -> None:
     assert_equal(kept, as_one(network, sequences))
 
 
+def test_answers_of_one_token_beside_another_prompt(tiny_model: Path) -> None:
+    """They add nothing to the row, so attention has no queries for their prompt."""
+    network = policy(tiny_model)
+    sequences = pad_sequences([PROMPTS[0]] * 4 + [PROMPTS[1]] * 2, [[1] * 9, [2] * 9, [3], [4], [5] * 4, [6] * 4])
+    pairs = torch.tensor([0, 0, 1, 1, 2, 2])
+    batches = split(sequences, sequences.completion_mask(), {}, 90, packed=True, together=pairs)
+    assert [batch.rows.tolist() for batch in batches] == [[0, 1], [4, 5, 2, 3]]
+    assert_equal(gradients(network, batches, [network], sequences), as_one(network, sequences))
+
+
 def test_in_low_precision_gradients_land_on_the_masters_too(tiny_model: Path) -> None:
     network = Policy(PolicyConfig(model=str(tiny_model), compute_dtype="bfloat16"))
     network.sync()
