@@ -101,7 +101,9 @@ class _Keeping(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if _is_kept(func, args):
             # Detached: autograd makes of the tensor itself the result, whose graph holds these products.
-            self.products.append(self.stash.keep(out.detach()))
+            kept = self.stash.keep(out.detach())
+            # A copy, since the MLP may change its product in place (HF's experts do).
+            self.products.append(kept.clone() if isinstance(kept, Tensor) else kept)
         return out
 
 

@@ -157,27 +157,30 @@ def _logit_transform(config: Any) -> dict[str, float | None]:
 
 @torch.no_grad()
 def check_network(network: PreTrainedModel) -> None:
-    """Refuse an architecture that cannot be decoded left-padded, or whose logits the chunked head cannot compute."""
+    """Refuse an architecture that is not causal, lacks what decoding needs, or has logits that the head cannot compute.
+
+    Raises:
+        ValueError: Which of these.
+    """
+    kind = f"model.init_args.policy.model: {type(network).__name__}"
     missing = {"position_ids", "past_key_values", "logits_to_keep"} - inspect.signature(
         network.forward
     ).parameters.keys()
     if missing:
-        raise ValueError(
-            f"model.init_args.policy.model: {type(network).__name__} takes no {' and no '.join(sorted(missing))}, "
-            "which sampling needs"
-        )
+        raise ValueError(f"{kind} takes no {' and no '.join(sorted(missing))}, which sampling needs")
     ids = torch.arange(1, 9)[None] % network.config.get_text_config().vocab_size
     sequences = Sequences(ids, torch.ones(1, dtype=torch.long), torch.full((1,), 8))
     try:
-        expected = network(input_ids=ids).logits.float().log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        whole = network(input_ids=ids).logits.float().log_softmax(-1)
+        half = network(input_ids=ids[:, :4]).logits.float().log_softmax(-1)
+        expected = whole[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
         ours = log_probs(network, sequences, sequences.completion_mask(), 1.0, packed=False).log_probs
-    except (AttributeError, TypeError) as error:
-        raise ValueError(
-            f"model.init_args.policy.model: {type(network).__name__} has no decoder and head as expected ({error})"
-        ) from error
+    except Exception as error:  # the architecture's own code may trip over anything
+        raise ValueError(f"{kind} has no decoder and head as expected ({error})") from error
     if not torch.allclose(expected, ours, atol=1e-3):
-        gap = (expected - ours).abs().max().item()
         raise ValueError(
-            f"model.init_args.policy.model: {type(network).__name__} computes its logits in a way that the chunked "
-            f"log-probability head does not reproduce (log-probabilities differ by {gap:.3g})"
+            f"{kind} computes its logits in a way that the chunked log-probability head does not reproduce "
+            f"(log-probabilities differ by {(expected - ours).abs().max().item():.3g})"
         )
+    if not torch.allclose(half, whole[:, :4], atol=1e-3, rtol=1e-3):
+        raise ValueError(f"{kind} reads later tokens to predict earlier ones: it is no causal language model")

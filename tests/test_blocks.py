@@ -59,6 +59,14 @@ def test_the_same_to_the_last_bit(
         assert torch.equal(value, results[1][name]), name
 
 
+def test_products_that_an_mlp_changes_in_place(architecture_folder: Any) -> None:
+    """Experts add their bias to a product where it stands; what is kept has to be from before."""
+    folder = architecture_folder("gpt_oss")
+    plain, lean = (learned(policy(folder, recompute_elementwise=wanted))[0] for wanted in (False, True))
+    for name, value in plain.items():
+        assert torch.equal(value, lean[name]), name
+
+
 def test_what_is_cheap_runs_again_and_products_do_not(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = policy(tiny_model)
     _, again = learned(one)

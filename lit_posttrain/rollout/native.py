@@ -10,12 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_posttrain.attention import window_of
-from lit_posttrain.batching import pad_sequences
 from lit_posttrain.policy import Policy
 from lit_posttrain.randomness import uniforms
 from lit_posttrain.rollout import kv_cache, static
 from lit_posttrain.rollout.drafts import Drafts
-from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
+from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams, mismatch
 from lit_posttrain.rollout.graphs import GraphDecoder, decoder_for
 from lit_posttrain.rollout.inference import inference_view
 from lit_posttrain.rollout.kv_cache import KVCache, Prefill
@@ -83,7 +82,7 @@ class NativeEngine(RolloutEngine):
             if self.decoder is None or self.decoder.device != policy.device:
                 self.decoder = decoder_for(policy.device, graphs=self.cuda_graphs and not own)
             self.network = view if self.decoder is None else self.decoder.follow(view)
-            reason = None if known else self._mismatch(policy)
+            reason = None if known else mismatch(self, policy)
         if reason is not None:
             self._release()
             self.fallback = ReferenceEngine(self.max_rows)
@@ -127,25 +126,6 @@ class NativeEngine(RolloutEngine):
         with sdpa_kernel(ATTENTION_BACKENDS):
             _Run(self, prompts, sampling, keys, drafts, tick or (lambda finished: None)).run()
         return drafts.completions(self.weight_version)
-
-    def _mismatch(self, policy: Policy) -> str | None:
-        """Why this engine would not sample from the policy, by a small example; None if it does."""
-        size = policy.hf_config.get_text_config().vocab_size
-        prompts = [[i % size for i in ids] for ids in ((5, 6, 7), (5, 6, 7), (8, 9))]
-        keys = [SamplingKey(0, "rollout self-test", 0, 0, i) for i in range(3)]
-        try:
-            drawn = self.generate(prompts, SamplingParams(max_new_tokens=3, stop_token_ids=[]), keys)
-        except (ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
-            return str(error)
-        sequences = pad_sequences(prompts, [c.token_ids for c in drawn])
-        moved = type(sequences)(*(x.to(policy.device) for x in sequences))
-        mask = moved.completion_mask()
-        with torch.no_grad():
-            expected = policy(moved, mask, 1.0).log_probs[mask].cpu()
-        gap = (expected - torch.tensor([p for c in drawn for p in c.log_probs])).abs().mean()
-        # Rounding explains 1e-5 in float32 and a few hundredths in bfloat16.
-        tolerance = 1e-3 if policy.compute_dtype == torch.float32 else 0.3
-        return None if gap <= tolerance else f"its log-probabilities are off by {gap:.3g}"
 
 
 class _Run:
@@ -223,6 +203,8 @@ class _Run:
         last = torch.tensor([span.stop - 1 for span in layout.spans])
         ids, last = to_device(ids, self.device), to_device(last, self.device)
         logits = self._logits(ids[:1], ids[1:], layout, last)
+        if not layout.layers:
+            raise ValueError("its layers call no attention function")
         if self.window is not None and self.window not in layout.windows:
             raise ValueError("its layers do not say how far their sliding windows reach")
         for i, prompt in enumerate(chosen):

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 from lit_posttrain.policy import Policy
 from lit_posttrain.randomness import uniforms
 from lit_posttrain.rollout.drafts import Drafts
-from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams
+from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams, mismatch
 from lit_posttrain.rollout.sampler import draw
 from lit_posttrain.sharding import unsharded
 from lit_posttrain.types import Completion, SamplingKey
@@ -40,9 +40,17 @@ class ReferenceEngine(RolloutEngine):
         self.tokenizer = tokenizer
 
     def sync(self, policy: Policy) -> None:
-        """Note the policy; its forward passes always use its present weights."""
-        self.policy = policy
+        """Note the policy, whose forward passes always use its present weights; the first time see that it decodes.
+
+        Raises:
+            ValueError: HF's cache cannot serve the architecture.
+        """
+        known, self.policy = policy is self.policy, policy
         self.weight_version += 1
+        if not known and (reason := mismatch(self, policy)) is not None:
+            raise ValueError(
+                f"model.init_args.policy.model: {type(policy.decode_network()).__name__} cannot be sampled ({reason})"
+            )
 
     @torch.no_grad()
     def generate(
@@ -90,7 +98,8 @@ class _Batch:
         # From prompts to samples: every sample gets its prompt's cache, mask and next-token logits.
         live = torch.arange(len(self.owner))
         owner = self.owner.to(device)
-        cache.batch_select_indices(owner)
+        # Not batch_select_indices, which does not know the states of recurrent layers.
+        cache.reorder_cache(owner)  # pyright: ignore[reportArgumentType]
         logits, mask = logits[owner], self.real.long().to(device)[owner]
         lengths = mask.sum(-1)
         for step in range(self.sampling.max_new_tokens):
@@ -103,7 +112,7 @@ class _Batch:
             tokens, mask = sampled.tokens, torch.nn.functional.pad(mask, (0, 1), value=1)
             if not keep.all():
                 rows = keep.nonzero()[:, 0].to(device)
-                cache.batch_select_indices(rows)
+                cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
                 live, tokens, mask, lengths = live[keep], tokens[rows], mask[rows], lengths[rows]
             logits = self.policy.next_logits(tokens[:, None], (lengths + step)[:, None], mask, cache)
 

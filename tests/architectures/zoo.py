@@ -64,13 +64,34 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Out of the ordinary, each in its way: recurrent layers, experts, attention without transformers' interface, a cache of
+# its own, an encoder.
+_EXPERTS = {**_LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        **_EXPERTS,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "gpt_oss": {**_EXPERTS, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
+    "minimax": {**_EXPERTS, "layer_types": ["full_attention", "linear_attention"]},
+    "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "bert-generation": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+
 
 def tiny_architecture(name: str, **overrides: Any) -> PretrainedConfig:
     """A config of this model type for the byte tokenizer's vocabulary, pad equal to eos."""
     tokenizer = byte_tokenizer()
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     arguments = {"vocab_size": len(tokenizer), **ids, "pad_token_id": tokenizer.eos_token_id}
-    return AutoConfig.for_model(name, **{**arguments, **ARCHITECTURES[name], **overrides})
+    return AutoConfig.for_model(name, **{**arguments, **(ARCHITECTURES | OTHERS)[name], **overrides})
 
 
 def write_architecture(name: str, folder: Path, **overrides: Any) -> Path:
