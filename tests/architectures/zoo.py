@@ -22,6 +22,7 @@ _LLAMA_LIKE: dict[str, Any] = {
     "attention_dropout": 0.2,
 }
 _GEMMA = {**_LLAMA_LIKE, "head_dim": 8, "sliding_window": WINDOW, "tie_word_embeddings": True}
+_EXPERTS = {**_LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {**_LLAMA_LIKE, "tie_word_embeddings": True},
     # Biases on queries, keys and values alone.
@@ -33,6 +34,23 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": {**_LLAMA_LIKE, "resid_pdrop": 0.2, "embd_pdrop": 0.2},
     "cohere": {**_LLAMA_LIKE, "logit_scale": 0.25},
     "granite": {**_LLAMA_LIKE, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
+    "qwen3_moe": {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+    # Queries, keys and values from low ranks, keys wider than values; the first layer has no experts.
+    "deepseek_v3": {
+        **_LLAMA_LIKE,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 16,
+    },
     "gpt2": {
         "n_embd": 32,
         "n_layer": 2,
@@ -64,9 +82,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Out of the ordinary, each in its way: recurrent layers, experts, attention without transformers' interface, a cache of
-# its own, an encoder.
-_EXPERTS = {**_LLAMA_LIKE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+# Out of the ordinary, each in its way: recurrent layers, attention sinks, attention without transformers' interface, a
+# cache of its own, an encoder.
 OTHERS: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         **_EXPERTS,

@@ -35,6 +35,7 @@ def policy(folder: Any) -> Policy:
 )
 def test_the_reference_engine_takes_over(architecture_folder: Any, architecture: str, reason: str) -> None:
     network = policy(architecture_folder(architecture))
+    assert not network.shares_prompts
     engine = NativeEngine()
     with pytest.warns(UserWarning, match=f"{reason}.*reference engine"):
         engine.sync(network)
