@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from lit_posttrain.sharding import decoder_layers
 
+# Noise of experts' routers. Not Phi's ``router_jitter_noise``, which is a threshold that evaluation reads too.
+_NOISE = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 _BRANCHES = ("self_attn", "attn", "attention", "mlp", "feed_forward")
 
 
@@ -39,12 +41,12 @@ def add_residual_dropout(network: PreTrainedModel, p: float) -> None:
 
 
 def disable_dropout(network: nn.Module) -> None:
-    """Set every dropout probability to 0, those that functions read from attributes included (layer drop too)."""
+    """Set every dropout probability to 0, those that functions read from attributes too, and layer drop and noise."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and ("drop" in name or name == "jitter_noise"):
+            if isinstance(value, float) and ("drop" in name or name in _NOISE):
                 setattr(module, name, 0.0)
 
 

@@ -11,6 +11,7 @@ from architectures.zoo import ARCHITECTURES
 from tiny import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lit_posttrain.dropout import disable_dropout
 from lit_posttrain.policy import LoraConfig, Policy, PolicyConfig, load_network, load_tokenizer
 from lit_posttrain.types import Sequences
 
@@ -129,6 +130,15 @@ def test_dropout_of_the_config_is_off_in_training_mode(architecture_folder, arch
     first = score(policy, sequences).log_probs
     for _ in range(3):
         assert torch.equal(score(policy, sequences).log_probs, first)
+
+
+def test_noise_of_routers_is_off_and_thresholds_stay() -> None:
+    router = torch.nn.Module()
+    names = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps", "router_jitter_noise")  # Mixtral, Phi, DBRX, Phi
+    for name in names:
+        setattr(router, name, 0.01)
+    disable_dropout(torch.nn.Sequential(router))
+    assert [getattr(router, name) for name in names] == [0.0, 0.0, 0.0, 0.01]
 
 
 @pytest.mark.trap(12)
