@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 from lit_posttrain.policy import Policy
 from lit_posttrain.randomness import uniforms
 from lit_posttrain.rollout.drafts import Drafts
-from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams, mismatch
+from lit_posttrain.rollout.engine import RolloutEngine, SamplingParams, tried
 from lit_posttrain.rollout.sampler import draw
 from lit_posttrain.sharding import unsharded
 from lit_posttrain.types import Completion, SamplingKey
@@ -47,10 +47,13 @@ class ReferenceEngine(RolloutEngine):
         """
         known, self.policy = policy is self.policy, policy
         self.weight_version += 1
-        if not known and (reason := mismatch(self, policy)) is not None:
-            raise ValueError(
-                f"model.init_args.policy.model: {type(policy.decode_network()).__name__} cannot be sampled ({reason})"
-            )
+        if known:
+            return
+        try:
+            tried(self, policy)
+        except ValueError as error:
+            name = type(policy.decode_network()).__name__
+            raise ValueError(f"model.init_args.policy.model: {name} cannot be sampled ({error})") from error
 
     @torch.no_grad()
     def generate(
