@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
+from lit_posttrain.gates import GateError
 from lit_posttrain.policy import Policy
 from lit_posttrain.randomness import uniforms
 from lit_posttrain.rollout.drafts import Drafts
@@ -43,7 +44,7 @@ class ReferenceEngine(RolloutEngine):
         """Note the policy, whose forward passes always use its present weights; the first time see that it decodes.
 
         Raises:
-            ValueError: HF's cache cannot serve the architecture.
+            GateError: HF's cache cannot serve the architecture.
         """
         known, self.policy = policy is self.policy, policy
         self.weight_version += 1
@@ -53,7 +54,7 @@ class ReferenceEngine(RolloutEngine):
             tried(self, policy)
         except ValueError as error:
             name = type(policy.decode_network()).__name__
-            raise ValueError(f"model.init_args.policy.model: {name} cannot be sampled ({error})") from error
+            raise GateError(f"model.init_args.policy.model: {name} cannot be sampled ({error})") from error
 
     @torch.no_grad()
     def generate(

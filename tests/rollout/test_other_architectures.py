@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lit_posttrain.batching import pad_sequences
+from lit_posttrain.gates import GateError
 from lit_posttrain.policy import Policy, PolicyConfig
 from lit_posttrain.rollout import NativeEngine, ReferenceEngine, SamplingParams
 from lit_posttrain.types import SamplingKey
@@ -54,7 +55,7 @@ def test_the_reference_engine_takes_over(architecture_folder: Any, architecture:
 @pytest.mark.parametrize("engine", [NativeEngine, ReferenceEngine])
 def test_a_cache_of_its_own_is_refused_before_anything_is_sampled(architecture_folder: Any, engine: Any) -> None:
     network = policy(architecture_folder("minimax"))
-    with pytest.raises(ValueError, match=r"policy\.model: MiniMaxForCausalLM cannot be sampled .*past_key_values"):
+    with pytest.raises(GateError, match=r"policy\.model: MiniMaxForCausalLM cannot be sampled .*past_key_values"):
         engine().sync(network)
 
 
