@@ -1,6 +1,8 @@
 """Architectures whose layers are not all attention, or not as others have it: sampled as they score, or refused."""
 
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,20 +22,26 @@ SAMPLING = SamplingParams(max_new_tokens=12, stop_token_ids=list(range(0, 200)))
 
 def policy(folder: Any) -> Policy:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "padded")
+        warnings.filterwarnings("ignore", ".*padded")
         made = Policy(PolicyConfig(model=str(folder), compute_dtype="float32"))
     made.sync()
     return made
 
 
-@pytest.mark.parametrize(
-    ("architecture", "reason"),
-    [
-        ("qwen3_next", "log-probabilities are off"),
-        ("gpt_oss", "s_aux"),
-        ("falcon", "call no attention function"),
-    ],
-)
+# And why the native engine cannot serve them.
+FALLING_BACK = {
+    "qwen3_next": "log-probabilities are off",
+    "gpt_oss": "s_aux",
+    "falcon": "call no attention function",
+}
+
+
+def test_the_readme_says_which_fall_back() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert set(re.findall(r"^\| `(\w+)`[^|]*\| reference engine \| padded \|$", readme, re.M)) == set(FALLING_BACK)
+
+
+@pytest.mark.parametrize(("architecture", "reason"), FALLING_BACK.items())
 def test_the_reference_engine_takes_over(architecture_folder: Any, architecture: str, reason: str) -> None:
     network = policy(architecture_folder(architecture))
     assert not network.shares_prompts
